@@ -69,7 +69,7 @@ class Ledger:
 
     def total(self) -> float:
         """Sum of the parts; equals the TTFT once `close` has named the rest."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        return float(sum(getattr(self, field.name) for field in fields(self)))
 
     def close(self, ttft_s: float) -> "Ledger":
         """Name what the parts do not explain. `ttft_s` is the client's measurement, in seconds."""

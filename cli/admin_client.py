@@ -1,0 +1,71 @@
+"""A caller of pdserve.v1.Admin, with errors of our tree."""
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import grpc
+
+from pdserve.client import Client
+from pdserve.client.errors import from_rpc_error
+from pdserve.core.errors import Unavailable
+from pdserve.proto import admin_pb2 as pb
+from pdserve.proto.admin_pb2_grpc import AdminStub
+
+Response = TypeVar("Response")
+
+FIND_TIMEOUT_S = 10.0
+
+
+def find_admin(target: str) -> str:
+    """host:port of the membership service of the cluster whose router is at `target`."""
+    with Client(target, timeout=FIND_TIMEOUT_S) as client:
+        admin = client.status().admin
+    if not admin:
+        raise Unavailable(f"the cluster at {target} has no membership service: nobody supervises it")
+    return admin
+
+
+class AdminClient:
+    """One connection to the membership service; a context manager. Raises PdserveError."""
+
+    def __init__(self, admin: str) -> None:
+        self._channel = grpc.insecure_channel(admin)
+        self._stub = AdminStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._channel.close()
+
+    def list_members(self) -> tuple[pb.Member, ...]:
+        return tuple(_call(self._stub.ListMembers, pb.ListMembersRequest()).members)
+
+    def add(self, role: str, model: str) -> pb.Member:
+        """Start a worker; returns once it is ready."""
+        return _call(self._stub.AddMember, pb.AddMemberRequest(role=role, model=model)).member
+
+    def drain(self, worker: str, grace_s: float | None) -> int:
+        """No new placements; returns how many requests outlived the grace and failed."""
+        request = pb.DrainMemberRequest(worker=worker, grace_s=grace_s)
+        return _call(self._stub.DrainMember, request).failed_requests
+
+    def remove(self, worker: str, grace_s: float | None) -> int:
+        """Drain, then end the worker; returns how many requests outlived the grace and failed."""
+        request = pb.RemoveMemberRequest(worker=worker, grace_s=grace_s)
+        return _call(self._stub.RemoveMember, request).failed_requests
+
+    def set_role_weight(self, worker: str, role_weight: float) -> None:
+        """1 prefills only, 0 decodes only; running sequences stay."""
+        request = pb.SetMemberRoleWeightRequest(worker=worker, role_weight=role_weight)
+        _call(self._stub.SetMemberRoleWeight, request)
+
+
+def _call(method: Callable[[Any], Response], request: Any) -> Response:
+    try:
+        return method(request)
+    except grpc.RpcError as error:
+        raise from_rpc_error(error) from error

@@ -1,0 +1,151 @@
+"""What the client takes and gives: frozen values, free of protobuf."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pdserve.core.lifecycle import Ledger
+from pdserve.core.types import FinishReason, RequestId, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One turn of a chat. `role` is system, user or assistant, as the model's template knows them."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Who served a request, and what moved between workers for it."""
+
+    prefill_worker: str = ""
+    decode_worker: str = ""
+    prefill_incarnation: str = ""
+    decode_incarnation: str = ""
+    prefill_pid: int | None = None
+    decode_pid: int | None = None
+    transport: str = ""
+    """Empty when the decode worker prefilled by itself."""
+    blocks_moved: int = 0
+    bytes_moved: int = 0
+    blocks_reused: int = 0
+    """Prompt blocks that the decode worker already held."""
+    candidates_tried: int = 0
+    """Prefill candidates that were asked and did not serve."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One piece of a streamed completion."""
+
+    request_id: RequestId
+    text: str
+    """May be empty: text whose meaning later tokens decide is held back."""
+    token_ids: tuple[int, ...]
+    first_index: int
+    """Index of `token_ids[0]` among the completion's tokens."""
+    finish_reason: FinishReason | None
+    """None until the last chunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """What is known of a completion that has not ended, or never will."""
+
+    request_id: RequestId
+    text: str
+    token_ids: tuple[int, ...]
+    ledger: Ledger
+    """Parts in seconds; they sum to `ttft_s`. All zero before the first chunk."""
+    route: Route
+    ttft_s: float | None
+    """Call to first chunk, seconds, attempts that failed included; None before the first chunk."""
+    attempts: int
+    """Calls made for it: 1 + retries."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A whole completion."""
+
+    request_id: RequestId
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    ledger: Ledger
+    """Parts in seconds; they sum to `ttft_s`, what no event explains being `network`."""
+    route: Route
+    ttft_s: float
+    """Call to first chunk, seconds, attempts that failed included."""
+    duration_s: float
+    """Call to last chunk, seconds."""
+    attempts: int
+    """Calls made for it: 1 + retries."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A model that the cluster serves."""
+
+    name: str
+    context_tokens: int
+    vocab_size: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCounts:
+    """A worker's KV pool by state; `promised` overlays the others, which sum to `total`."""
+
+    total: int
+    free: int
+    held: int
+    reserved: int
+    cached: int
+    loading: int
+    quarantined: int
+    promised: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """A worker as its router sees it."""
+
+    worker: str
+    incarnation: str
+    role: str
+    model: str
+    endpoint: str
+    pid: int
+    draining: bool
+    role_weight: float
+    """Share of its token budget spent on prefill: 1 prefill only, 0 decode only."""
+    blocks: BlockCounts
+    running: int
+    waiting: int
+    handoffs: int
+    in_flight: int
+    state: str
+    """ready, draining or suspect."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterStatus:
+    """The cluster as the router sees it."""
+
+    workers: tuple[WorkerStatus, ...]
+    index: str
+    index_available: bool
+    requests_in_flight: int
+    admin: str
+    """host:port of the membership service; empty when nobody supervises."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)

@@ -1,0 +1,223 @@
+"""Configuration: one TOML file or flags, resolved once into frozen dataclasses. Unknown keys are errors."""
+
+import dataclasses
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pdserve.core.errors import ConfigError
+
+DTYPES = ("float32", "bfloat16")
+TRANSPORTS = ("auto", "shm", "tcp")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """One worker's engine and its KV pool."""
+
+    token_budget: int = 512
+    """Most tokens per step, prefill and decode together."""
+    chunk_tokens: int = 256
+    """Most prompt tokens of one sequence per step; also the size of a handoff's chunk."""
+    max_sequences: int = 64
+    pool_blocks: int = 1024
+    threads: int = 1
+    """Threads of the engine's arithmetic; more than cores in total makes all workers slower."""
+    device: str = "cpu"
+    overbook: float = 1.0
+    """Promised blocks may exceed the pool by this factor; above 1 preemption pays for the difference."""
+    headroom_tokens: int = 256
+    """Completion tokens that a promise covers at most; growth past it may preempt."""
+
+    def __post_init__(self) -> None:
+        for name in ("token_budget", "chunk_tokens", "max_sequences", "pool_blocks", "threads"):
+            require(getattr(self, name) >= 1, f"engine.{name}", getattr(self, name), "at least 1")
+        require(self.overbook >= 1.0, "engine.overbook", self.overbook, "at least 1.0")
+        require(self.headroom_tokens >= 0, "engine.headroom_tokens", self.headroom_tokens, "at least 0")
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffConfig:
+    """The transaction between D and P. Times in seconds."""
+
+    digest: bool = True
+    transport: str = "auto"
+    heartbeat_s: float = 0.5
+    silence_s: float = 3.0
+    """No message or progress from the peer for this long: it is lost."""
+    request_deadline_s: float = 120.0
+    """Bound on a whole handoff where the request has no deadline of its own."""
+    export_share: float = 0.5
+    """Share of P's pool that may wait to be fetched."""
+
+    def __post_init__(self) -> None:
+        require(self.transport in TRANSPORTS, "handoff.transport", self.transport, f"one of {TRANSPORTS}")
+        require(0 < self.export_share <= 1, "handoff.export_share", self.export_share, "in (0, 1]")
+        require(self.heartbeat_s > 0, "handoff.heartbeat_s", self.heartbeat_s, "above 0")
+        require(self.silence_s > self.heartbeat_s, "handoff.silence_s", self.silence_s, "above heartbeat_s")
+
+
+@dataclass(frozen=True, slots=True)
+class SessionConfig:
+    """Between a router and a worker. Times in seconds."""
+
+    heartbeat_s: float = 0.25
+    silence_s: float = 3.0
+    reattach_s: float = 5.0
+    """How long D keeps the requests of a broken session."""
+    unacknowledged_tokens: int = 256
+    """Tokens that D keeps for a request whose router is away, at most."""
+    client_buffer_tokens: int = 1024
+    """A client that leaves more than this unread is aborted."""
+
+    def __post_init__(self) -> None:
+        require(self.heartbeat_s > 0, "session.heartbeat_s", self.heartbeat_s, "above 0")
+        require(self.silence_s > self.heartbeat_s, "session.silence_s", self.silence_s, "above heartbeat_s")
+        require(self.reattach_s >= 0, "session.reattach_s", self.reattach_s, "at least 0")
+        for name in ("unacknowledged_tokens", "client_buffer_tokens"):
+            require(getattr(self, name) >= 1, f"session.{name}", getattr(self, name), "at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class IndexConfig:
+    """redis: the index of blocks and the membership."""
+
+    redis_url: str | None = None
+    """None: a server on PATH, else the embedded one."""
+    cluster: str = "default"
+    """Prefix of every key, so that clusters can share one server."""
+    timeout_s: float = 0.05
+    """A locate that takes longer counts as no answer."""
+    heartbeat_s: float = 0.5
+    ttl_s: float = 3.0
+
+    def __post_init__(self) -> None:
+        named = re.fullmatch(r"[A-Za-z0-9_.-]+", self.cluster) is not None
+        require(named, "index.cluster", self.cluster, "letters, digits, '_', '.' and '-' only")
+        require(self.timeout_s > 0, "index.timeout_s", self.timeout_s, "above 0")
+        require(self.heartbeat_s > 0, "index.heartbeat_s", self.heartbeat_s, "above 0")
+        require(self.ttl_s > self.heartbeat_s, "index.ttl_s", self.ttl_s, "above heartbeat_s")
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """The front door."""
+
+    host: str = "127.0.0.1"
+    grpc_port: int = 50051
+    """0 picks a free one."""
+    max_in_flight: int = 512
+    max_queue: int = 1024
+    max_prompt_bytes: int = 4 * 1024 * 1024
+    universal_share: float = 0.5
+    """A leading block seen in more than this share of recent prompts is universal: the ring keys past it."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.grpc_port <= 65535, "router.grpc_port", self.grpc_port, "in 0 to 65535")
+        require(self.max_queue >= 0, "router.max_queue", self.max_queue, "at least 0")
+        for name in ("max_in_flight", "max_prompt_bytes"):
+            require(getattr(self, name) >= 1, f"router.{name}", getattr(self, name), "at least 1")
+        share = self.universal_share
+        require(0 < share <= 1, "router.universal_share", share, "in (0, 1]")
+
+
+@dataclass(frozen=True, slots=True)
+class ServeConfig:
+    """A whole cluster."""
+
+    model: str = "smollm2-135m"
+    dtype: str = "float32"
+    prefill: int = 1
+    decode: int = 1
+    mixed: int = 0
+    ray_address: str | None = None
+    """None: a local Ray of its own, which ends with the cluster."""
+    ready_file: str | None = None
+    drain_grace_s: float = 30.0
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    handoff: HandoffConfig = field(default_factory=HandoffConfig)
+    session: SessionConfig = field(default_factory=SessionConfig)
+    index: IndexConfig = field(default_factory=IndexConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+
+    def __post_init__(self) -> None:
+        require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {DTYPES}")
+        for name in ("prefill", "decode", "mixed"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        able = self.mixed + min(self.prefill, self.decode)
+        asked = f"{self.prefill} prefill, {self.decode} decode, {self.mixed} mixed"
+        require(able > 0, "workers", asked, "at least one of each of prefill and decode, or one mixed")
+
+
+def require(holds: bool, key: str, value: object, limit: str) -> None:
+    """Raise the one form of message that configuration errors have."""
+    if not holds:
+        raise ConfigError(f"{key} is {value!r}: it must be {limit}")
+
+
+T = TypeVar("T")
+
+
+def from_mapping(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """Build a config dataclass from nested mappings.
+
+    Raises ConfigError for unknown keys (naming the known ones) and for values of another type.
+    """
+    known = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        place = f"[{where}]" if where else "the configuration"
+        raise ConfigError(f"unknown key {unknown[0]!r} in {place}: known are {', '.join(known)}")
+    arguments: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{where}.{name}" if where else name
+        arguments[name] = _convert(hints[name], value, key)
+    return kind(**arguments)
+
+
+def load_toml(path: Path, overrides: Mapping[str, Any] | None = None) -> ServeConfig:
+    """Read a TOML file; `overrides` (nested, same keys) win over it."""
+    try:
+        values = tomllib.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"no configuration file at {path}") from error
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration file {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    return from_mapping(ServeConfig, merge(values, overrides or {}))
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings, the second one wins."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        merged[key] = merge(old, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """The inverse of `from_mapping`: plain dicts, strings and numbers, so that it can cross processes."""
+    return dataclasses.asdict(config)
+
+
+def _convert(kind: Any, value: Any, key: str) -> Any:
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{key} is {value!r}: it must be a table")
+        return from_mapping(kind, value, key)
+    allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        names = " or ".join(t.__name__ for t in allowed if t is not type(None))
+        raise ConfigError(f"{key} is {value!r}: it must be of type {names}")
+    return value

@@ -1,0 +1,97 @@
+"""A model's own chat template, rendered in a sandbox as its authors' tools render it."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from pdserve.core.errors import ConfigError, InvalidRequest
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One turn of a conversation. `role` is what the model's template knows: system, user, assistant, …"""
+
+    role: str
+    content: str
+
+
+class _GenerationBlock(Extension):
+    """`{% generation %} … {% endgeneration %}` marks training targets; in serving it is only its body."""
+
+    tags: set[str] = {"generation"}  # noqa: RUF012 - jinja's own signature
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class ChatTemplate:
+    """A compiled template. Templates come with a model from outside, so they run in jinja's sandbox.
+
+    `special_tokens` are the names that templates use (`bos_token`, `eos_token`, …) with their texts.
+    `now` is what `strftime_now` shows, local wall-clock time by default.
+    Raises ConfigError when the source does not compile.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        special_tokens: Mapping[str, str],
+        now: Callable[[], datetime] = datetime.now,
+    ) -> None:
+        self.source = source
+        self._special_tokens = dict(special_tokens)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"],
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = lambda layout: now().strftime(layout)
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise ConfigError(f"the model's chat template does not compile: {error}") from error
+
+    def render(self, messages: Sequence[ChatMessage]) -> str:
+        """The prompt text of `messages`, ending where the assistant's answer begins.
+
+        Raises InvalidRequest with the template's own words when it refuses the messages.
+        """
+        if not messages:
+            raise InvalidRequest("a chat needs at least one message; the request has none")
+        try:
+            return self._template.render(
+                messages=[{"role": message.role, "content": message.content} for message in messages],
+                add_generation_prompt=True,
+                tools=None,
+                documents=None,
+                **self._special_tokens,
+            )
+        except Exception as error:  # the model's own code on the caller's data may raise anything
+            raise InvalidRequest(f"the model's chat template refused the messages: {error}") from error
+
+
+def _raise_exception(message: str) -> str:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Plain JSON: jinja's own filter escapes HTML characters, which models were not trained on."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )

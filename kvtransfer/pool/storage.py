@@ -1,0 +1,167 @@
+"""The memory behind a KvPool: a sealed memfd that readers on this host may map, or a device tensor."""
+
+import fcntl
+import mmap
+import os
+import secrets
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pdserve.core.errors import Unavailable
+from pdserve.core.types import BlockId
+from pdserve.kvtransfer.pool.header import EXPORTED_OFFSET, TOKEN_BYTES, PoolHeader
+from pdserve.kvtransfer.pool.layout import KvLayout
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class KvStorage:
+    """Owns the bytes of one pool's blocks; whose they are is KvPool's business.
+
+    On the CPU, `tensor`, `bytes_view` and `generations` are views of one memfd (see header.py). It is sealed
+    against a change of size, so whoever maps it can never be killed by a missing page, and it has no name in
+    the file system, so nothing is left behind by a SIGKILL. Pages are given by the kernel at first touch.
+    On a device, `generations` are in process memory and bytes pass through `read_blocks` and `write_blocks`.
+    """
+
+    def __init__(self, layout: KvLayout, num_blocks: int, device: torch.device | str = "cpu") -> None:
+        self.layout = layout
+        self.num_blocks = num_blocks
+        self.device = torch.device(device)
+        self.token = secrets.token_bytes(TOKEN_BYTES)
+        self._fd: int | None = None
+        self._map: mmap.mmap | None = None
+        self._bytes: NDArray[np.uint8] | None = None
+        self._tensor: torch.Tensor | None = None
+        shape = (num_blocks, *layout.block_shape)
+        if self.device.type != "cpu":
+            self._generations = np.zeros(num_blocks, np.uint64)
+            self._tensor = torch.zeros(shape, dtype=_DTYPES[layout.dtype], device=self.device)
+            return
+        header = PoolHeader(num_blocks, layout.block_bytes, layout.fingerprint(), self.token)
+        self._fd = _sealed_memory(header.total_bytes)
+        self._map = mmap.mmap(self._fd, header.total_bytes)
+        packed = header.pack()
+        self._map[: len(packed)] = packed
+        self._generations = np.frombuffer(self._map, np.uint64, num_blocks, header.generations_offset)
+        flat = np.frombuffer(self._map, np.uint8, num_blocks * layout.block_bytes, header.blocks_offset)
+        self._bytes = flat.reshape(num_blocks, layout.block_bytes)
+        self._tensor = torch.frombuffer(
+            self._map,
+            dtype=_DTYPES[layout.dtype],
+            count=flat.size // layout.itemsize,
+            offset=header.blocks_offset,
+        ).view(shape)
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """[num_blocks, num_layers, 2, num_kv_heads, block_tokens, head_dim] of the layout's dtype."""
+        if self._tensor is None:
+            raise Unavailable("this KV storage is closed; make a new one")
+        return self._tensor
+
+    @property
+    def bytes_view(self) -> NDArray[np.uint8]:
+        """[num_blocks, block_bytes] over the same memory; CPU only."""
+        if self._bytes is None:
+            raise Unavailable(
+                f"KV storage on {self.device} has no mapped bytes (closed, or on a device): use read_blocks"
+            )
+        return self._bytes
+
+    @property
+    def generations(self) -> NDArray[np.uint64]:
+        """[num_blocks], written by KvPool alone, read by every reader of the blocks."""
+        return self._generations
+
+    @property
+    def fd(self) -> int | None:
+        """The memfd, owned by this storage; None on a device and after close."""
+        return self._fd
+
+    def path_for_peers(self) -> str | None:
+        """Where a process of the same user and pid namespace can open the memory; None if it cannot."""
+        return None if self._fd is None else f"/proc/{os.getpid()}/fd/{self._fd}"
+
+    def set_exported(self, exported: bool) -> None:
+        """Tell processes that map the memory whether they may read it. No effect once closed."""
+        if self._map is not None:
+            self._map[EXPORTED_OFFSET] = int(exported)
+
+    def read_blocks(self, blocks: Sequence[BlockId]) -> NDArray[np.uint8]:
+        """A copy in host memory, [len(blocks), block_bytes]."""
+        out = np.empty((len(blocks), self.layout.block_bytes), np.uint8)
+        self.read_blocks_into(blocks, out)
+        return out
+
+    def read_blocks_into(self, blocks: Sequence[BlockId], out: NDArray[np.uint8]) -> None:
+        """Copy blocks to `out`, host memory [len(blocks), block_bytes]."""
+        if self._bytes is not None:
+            copy_rows(self._bytes, blocks, out, range(len(blocks)))
+            return
+        index = torch.tensor(list(blocks), dtype=torch.long, device=self.device)
+        packed = self.tensor.index_select(0, index).contiguous().view(torch.uint8)
+        torch.from_numpy(out).copy_(packed.view(len(blocks), self.layout.block_bytes))
+
+    def write_blocks(
+        self, blocks: Sequence[BlockId], data: NDArray[np.uint8], rows: Sequence[int] | None = None
+    ) -> None:
+        """Copy rows of `data` (all, in order, unless told) to blocks that the caller owns.
+
+        `data` is host memory [n, block_bytes]; one row per block.
+        """
+        chosen = range(len(blocks)) if rows is None else rows
+        if self._bytes is not None:
+            copy_rows(data, chosen, self._bytes, blocks)
+            return
+        index = torch.tensor(list(blocks), dtype=torch.long, device=self.device)
+        host = torch.from_numpy(data[list(chosen)]).view(_DTYPES[self.layout.dtype])
+        content = host.view(len(blocks), *self.layout.block_shape).to(self.device)
+        self.tensor.index_copy_(0, index, content)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def close(self) -> None:
+        """Give all memory back, also where a peer still maps it: it reads zeros, which is no generation.
+
+        The address range goes with the last view that somebody keeps. Idempotent.
+        """
+        if self._map is not None:
+            self._map.madvise(mmap.MADV_REMOVE)
+        if self._fd is not None:
+            os.close(self._fd)
+        self._fd = self._map = self._bytes = self._tensor = None
+        self._generations = np.zeros(self.num_blocks, np.uint64)
+
+
+def copy_rows(
+    source: NDArray[np.uint8], rows: Sequence[int], target: NDArray[np.uint8], target_rows: Sequence[int]
+) -> None:
+    """target[target_rows[i]] = source[rows[i]], runs that are adjacent on both sides in one memory copy."""
+    start = 0
+    while start < len(rows):
+        end = start + 1
+        while (
+            end < len(rows)
+            and rows[end] == rows[end - 1] + 1
+            and target_rows[end] == target_rows[end - 1] + 1
+        ):
+            end += 1
+        first, first_target, length = rows[start], target_rows[start], end - start
+        target[first_target : first_target + length] = source[first : first + length]
+        start = end
+
+
+def _sealed_memory(size: int) -> int:
+    """A memfd of `size` bytes that can neither shrink nor grow; the caller owns it."""
+    fd = os.memfd_create("pdserve-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd

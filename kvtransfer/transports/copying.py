@@ -1,0 +1,78 @@
+"""Copies off the event loop that are never left running behind their caller's back."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pdserve.kvtransfer.transports.base import Grant, Segment
+
+T = TypeVar("T")
+
+_WORD = 1 << 63
+
+
+class CopyThread:
+    """One thread for one peer's copies: no stall of the event loop, no queue behind other work."""
+
+    def __init__(self, name: str) -> None:
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+
+    def submit(self, work: Callable[[], T]) -> asyncio.Future[T]:
+        """Start `work`. Whoever owns memory that it touches waits for it with `settle`."""
+        return asyncio.get_running_loop().run_in_executor(self._executor, work)
+
+    async def run(self, work: Callable[[], T], stop: threading.Event | None = None) -> T:
+        """Run `work` to its end, also when cancelled; `stop` is set on cancellation to make that soon."""
+        future = self.submit(work)
+        await settle(future, stop)
+        return future.result()
+
+    def close(self) -> None:
+        """No more work; the thread ends after what it is doing."""
+        self._executor.shutdown(wait=False)
+
+
+async def settle(future: asyncio.Future[Any], stop: threading.Event | None = None) -> None:
+    """Wait until `future` is done, whatever its result; a cancellation is raised only then."""
+    interrupted: asyncio.CancelledError | None = None
+    while not future.done():
+        try:
+            await asyncio.wait({future})
+        except asyncio.CancelledError as error:
+            interrupted = error
+            if stop is not None:
+                stop.set()
+    if interrupted is not None:
+        raise interrupted
+
+
+def refusal(grant: Grant, *, sources: int | None, destinations: int | None, block_tokens: int) -> str | None:
+    """Why a grant cannot be carried out between pools of these sizes (None: not this side's to check)."""
+    if not (0 <= grant.epoch < _WORD and 0 <= grant.seq < _WORD):
+        return f"epoch {grant.epoch} and seq {grant.seq} must be in [0, 2**63)"
+    for segment in grant.segments:
+        if sources is not None and not 0 <= segment.source < sources:
+            return f"source block {segment.source} is not in a pool of {sources} blocks"
+        if destinations is not None and not 0 <= segment.destination < destinations:
+            return f"destination block {segment.destination} is not in a pool of {destinations} blocks"
+        if not 0 < segment.valid_tokens <= block_tokens:
+            return f"{segment.valid_tokens} valid tokens in a block of {block_tokens}"
+    return None
+
+
+def stale(segments: Sequence[Segment], generations: NDArray[np.uint64]) -> str | None:
+    """Which source block is no longer what was granted, None if all still are.
+
+    Readers ask before and after they copy (see blocks.Blocks). x86-64 keeps the two loads and the copy in
+    order; on machines that do not, the digest over what landed is what catches a torn read.
+    """
+    for segment in segments:
+        found = int(generations[segment.source])
+        if found != segment.generation:
+            return f"source block {segment.source} is of generation {found}, granted was {segment.generation}"
+    return None

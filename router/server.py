@@ -1,0 +1,137 @@
+"""The router's gRPC server: Inference, health and reflection on one port."""
+
+import asyncio
+import secrets
+from collections.abc import Mapping
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+
+from pdserve.core.channel_options import SERVER_OPTIONS
+from pdserve.core.clock import Clock, MonotonicClock
+from pdserve.core.config import ServeConfig
+from pdserve.core.errors import ConfigError
+from pdserve.kvtransfer.index.base import LocationIndex
+from pdserve.proto import inference_pb2
+from pdserve.proto.inference_pb2_grpc import add_InferenceServicer_to_server
+from pdserve.router.admission import Admission
+from pdserve.router.bookings import Bookings
+from pdserve.router.dispatch import Dispatcher
+from pdserve.router.gate import AdmissionGate
+from pdserve.router.policies.base import Policy
+from pdserve.router.policies.hybrid import HybridPolicy
+from pdserve.router.service import Door, InferenceService, Tokenizer
+from pdserve.router.session_pool import MembershipSource, SessionPool
+from pdserve.router.universal import UniversalPrefix
+
+INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+
+STOP_GRACE_S = 2.0
+"""Time for running calls once the router stops; what is left then fails as retriable."""
+
+
+class RouterServer:
+    """Composition of one router. Owns its sessions and its port, not the index or the membership view."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        index: LocationIndex,
+        membership_view: MembershipSource,
+        tokenizers: Mapping[str, Tokenizer],
+        admin_endpoint: str = "",
+        *,
+        policy: Policy | None = None,
+        index_name: str = "redis",
+        clock: Clock | None = None,
+    ) -> None:
+        """`tokenizers` by model name; `admin_endpoint` is shown in GetStatus, empty without a supervisor."""
+        clock = clock or MonotonicClock()
+        self._config = config
+        self.bookings = Bookings()
+        self.gate = AdmissionGate(Admission(config.router.max_in_flight, config.router.max_queue), clock)
+        self.pool = SessionPool(
+            membership_view,
+            self.bookings,
+            router=f"router-{secrets.token_hex(4)}",
+            config=config.session,
+            chunk_tokens=config.engine.chunk_tokens,
+            clock=clock,
+        )
+        dispatcher = Dispatcher(
+            self.pool,
+            policy or HybridPolicy(),
+            self.bookings,
+            UniversalPrefix(config.router.universal_share),
+            index,
+            index_timeout_s=config.index.timeout_s,
+            buffer_tokens=config.session.client_buffer_tokens,
+            clock=clock,
+        )
+        self._service = InferenceService(
+            Door(tokenizers, config.router.max_prompt_bytes, config.engine.headroom_tokens),
+            self.gate,
+            dispatcher,
+            self.pool,
+            index_name=index_name,
+            admin_endpoint=admin_endpoint,
+            clock=clock,
+        )
+        self._health = health_aio.HealthServicer()
+        self._server: grpc.aio.Server | None = None
+        self._serving: bool | None = None
+        self._news: set[asyncio.Task[None]] = set()
+        self._port: int | None = None
+
+    @property
+    def port(self) -> int:
+        """The port that it listens on."""
+        if self._port is None:
+            raise RuntimeError("the router has not been started")
+        return self._port
+
+    async def start(self) -> None:
+        """Listen, and connect to the workers. Raises ConfigError when the port is taken."""
+        # Twice the limit, so that a prompt somewhat too long is refused by us, with both numbers.
+        longest = ("grpc.max_receive_message_length", 2 * self._config.router.max_prompt_bytes)
+        server = grpc.aio.server(options=[*SERVER_OPTIONS, longest, ("grpc.so_reuseport", 0)])
+        add_InferenceServicer_to_server(self._service, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = (INFERENCE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
+        reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
+        address = f"{self._config.router.host}:{self._config.router.grpc_port}"
+        try:
+            self._port = server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"cannot listen on {address} ({error}): choose another router.grpc_port"
+            ) from error
+        self._announce(False)
+        await server.start()
+        self._server = server
+        self.pool.start(lambda: self._announce(self._service.servable()))
+
+    async def stop(self) -> None:
+        """Take no new calls, give running ones a short grace, then end all sessions."""
+        await self._health.enter_graceful_shutdown()
+        if self._server is not None:
+            await self._server.stop(STOP_GRACE_S)
+        await self.pool.stop()
+        await asyncio.gather(*self._news)
+
+    def _announce(self, serving: bool) -> None:
+        """Tell health watchers, when it changed."""
+        if serving is self._serving:
+            return
+        self._serving = serving
+        status = health_pb2.HealthCheckResponse
+        news = status.SERVING if serving else status.NOT_SERVING
+        task = asyncio.create_task(self._publish(news))
+        self._news.add(task)
+        task.add_done_callback(self._news.discard)
+
+    async def _publish(self, status: int) -> None:
+        for name in ("", INFERENCE):
+            await self._health.set(name, status)

@@ -1,0 +1,173 @@
+"""Between protobuf messages and the router's own values: the only file that knows both."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from pdserve.core.text.chat_template import ChatMessage
+from pdserve.core.types import BlockName, RequestId, SamplingParams
+from pdserve.core.worker_record import WorkerLoad, WorkerRecord
+from pdserve.kvtransfer.names import pack_chain, pack_tokens
+from pdserve.proto import inference_pb2, worker_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation, which the model's chat template turns into tokens."""
+
+    messages: tuple[ChatMessage, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenIds:
+    """A prompt that the client tokenized itself."""
+
+    ids: tuple[int, ...]
+
+
+Prompt = str | Chat | TokenIds
+"""What a client may send."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """The router's parts of the ledger, in seconds."""
+
+    queue: float
+    locate: float
+    place: float
+
+
+def prompt_of(request: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest) -> Prompt | None:
+    """The prompt in the form in which it came; None when there is none."""
+    match request.WhichOneof("prompt"):
+        case "text":
+            return request.text
+        case "chat":
+            return Chat(tuple(ChatMessage(m.role, m.content) for m in request.chat.messages))
+        case "token_ids":
+            assert isinstance(request, inference_pb2.GenerateRequest)
+            return TokenIds(tuple(request.token_ids.ids))
+        case _:
+            return None
+
+
+def prompt_bytes(prompt: Prompt) -> int:
+    """Size for the limit on prompts: UTF-8 bytes, or four per token id."""
+    match prompt:
+        case TokenIds(ids):
+            return 4 * len(ids)
+        case Chat(messages):
+            return sum(_bytes(message.role) + _bytes(message.content) for message in messages)
+        case text:
+            return _bytes(text)
+
+
+def sampling_of(message: inference_pb2.Sampling) -> SamplingParams:
+    """Absent fields take their defaults. Values are not checked here."""
+    names = ("max_tokens", "temperature", "top_p", "top_k", "seed")
+    given = {name: getattr(message, name) for name in names if message.HasField(name)}
+    return SamplingParams(ignore_eos=message.ignore_eos, **given)
+
+
+def open_request(
+    request: RequestId,
+    tokens: tuple[int, ...],
+    chain: Iterable[BlockName],
+    sampling: SamplingParams,
+    namespace: bytes,
+) -> worker_pb2.OpenRequest:
+    """An Open with every sampling field set; candidates and time are filled in when it is sent."""
+    return worker_pb2.OpenRequest(
+        request_id=request,
+        prompt_token_ids=pack_tokens(tokens),
+        chain=pack_chain(chain),
+        sampling=inference_pb2.Sampling(
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            seed=sampling.seed,
+            ignore_eos=sampling.ignore_eos,
+        ),
+        namespace=namespace,
+    )
+
+
+def candidate(record: WorkerRecord) -> worker_pb2.Candidate:
+    return worker_pb2.Candidate(
+        worker=record.worker, incarnation=record.incarnation, endpoint=record.endpoint
+    )
+
+
+def chunk(item: worker_pb2.FrameItem, timings: Timings | None) -> inference_pb2.GenerateChunk:
+    """What the client gets for one item. `timings` go into the first chunk's ledger; None for the others."""
+    out = inference_pb2.GenerateChunk(
+        request_id=item.request_id,
+        choice=item.choice,
+        first_index=item.first_index,
+        token_ids=item.token_ids,
+        text=item.text,
+        finish_reason=item.finish_reason,
+    )
+    if timings is not None:
+        out.ledger.CopyFrom(item.ledger)
+        out.ledger.queue = timings.queue
+        out.ledger.locate = timings.locate
+        out.ledger.place = timings.place
+        out.route.CopyFrom(item.route)
+    if item.HasField("usage"):
+        out.usage.CopyFrom(item.usage)
+    return out
+
+
+def load_of(heartbeat: worker_pb2.WorkerHeartbeat) -> WorkerLoad:
+    load = heartbeat.load
+    return WorkerLoad(
+        queued_prefill_tokens=load.queued_prefill_tokens,
+        running=load.running,
+        waiting=load.waiting,
+        context_tokens=load.context_tokens,
+        free_blocks=load.blocks.free,
+        cached_blocks=load.blocks.cached,
+        promised_blocks=load.blocks.promised,
+        total_blocks=load.blocks.total,
+        progress=heartbeat.progress,
+        perf_model=dict(load.perf_model),
+    )
+
+
+def worker_status(
+    record: WorkerRecord, load: worker_pb2.WorkerLoad, state: str
+) -> inference_pb2.WorkerStatus:
+    """`state`: ready | draining | suspect."""
+    return inference_pb2.WorkerStatus(
+        worker=record.worker,
+        incarnation=record.incarnation,
+        role=record.role,
+        model=record.model,
+        endpoint=record.endpoint,
+        pid=record.pid,
+        draining=record.draining,
+        role_weight=record.role_weight,
+        blocks=load.blocks,
+        running=load.running,
+        waiting=load.waiting,
+        handoffs=load.handoffs,
+        in_flight=load.in_flight,
+        state=state,
+    )
+
+
+def models(records: Mapping[str, WorkerRecord]) -> inference_pb2.ListModelsResponse:
+    """One entry per model, in order of name, as any of its workers describes it."""
+    listed = [
+        inference_pb2.Model(
+            name=name, context_tokens=record.context_tokens, vocab_size=record.vocab_size, dtype=record.dtype
+        )
+        for name, record in sorted(records.items())
+    ]
+    return inference_pb2.ListModelsResponse(models=listed)
+
+
+def _bytes(text: str) -> int:
+    return len(text.encode(errors="surrogatepass"))

@@ -1,0 +1,103 @@
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+from fake_cluster import FakeCluster
+
+from pdserve.cli.app import run
+
+PROMPT_AND_ANSWER = "Grüß Gott\n"
+
+
+def test_generate_streams_the_answer(cluster: FakeCluster, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", "hello", "--target", cluster.target, "--max-tokens", "5", "--seed", "3"]) == 0
+    assert capsys.readouterr().out == PROMPT_AND_ANSWER
+    (request,) = cluster.asked
+    assert (request.text, request.sampling.max_tokens, request.sampling.seed) == ("hello", 5, 3)
+    assert not request.sampling.HasField("temperature")
+
+
+def test_generate_reads_standard_input(cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe"))
+    assert run(["generate", "--chat", "--target", cluster.target]) == 0
+    (request,) = cluster.asked
+    assert [(m.role, m.content) for m in request.chat.messages] == [("user", "from a pipe")]
+
+
+def test_generate_prints_the_result_as_json(cluster: FakeCluster, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", "hello", "--target", cluster.target, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["text"], result["token_ids"], result["finish_reason"]) == ("Grüß Gott", [1, 2], "stop")
+    assert sum(result["ledger"].values()) == pytest.approx(result["ttft_s"])
+
+
+def test_an_error_is_one_line_and_status_1(cluster: FakeCluster, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", "hello", "--target", cluster.target, "--seed", "13"]) == 1
+    printed = capsys.readouterr()
+    assert printed.err == "pdserve: decode-0 died\n"
+    assert printed.out == "Grüß \n"
+
+
+def test_a_wrong_command_line_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", "--max-tokens", "many"]) == 2
+    assert run(["fly"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_status_shows_workers(cluster: FakeCluster, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["status", "--target", cluster.target]) == 0
+    printed = capsys.readouterr().out
+    assert "decode-0" in printed
+    assert "3 requests in flight" in printed
+    assert run(["status", "--target", cluster.target, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["workers"][0]["pid"] == 12
+
+
+def test_members_finds_the_admin_service_through_the_router(
+    cluster: FakeCluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["members", "list", "--target", cluster.target]) == 0
+    assert "decode-0" in capsys.readouterr().out
+
+
+def test_members_asks_for_each_change(cluster: FakeCluster, capsys: pytest.CaptureFixture[str]) -> None:
+    admin = ["--admin", cluster.target]
+    assert run(["members", "add", "prefill", "--model", "m", *admin]) == 0
+    assert run(["members", "drain", "decode-0", "--grace", "1.5", *admin]) == 0
+    assert run(["members", "remove", "decode-0", *admin]) == 0
+    assert run(["members", "role", "decode-0", "0.25", *admin]) == 0
+    add, drain, remove, role = cluster.asked
+    assert (add.role, add.model) == ("prefill", "m")
+    assert (drain.worker, drain.grace_s) == ("decode-0", 1.5)
+    assert (remove.worker, remove.HasField("grace_s")) == ("decode-0", False)
+    assert (role.worker, role.role_weight) == ("decode-0", 0.25)
+    printed = capsys.readouterr().out
+    assert "prefill-7" in printed
+    assert "decode-0 is drained; 2 requests failed" in printed
+    assert "decode-0 is removed; 0 requests failed" in printed
+
+
+def test_a_change_that_is_refused_says_why(cluster: FakeCluster, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["members", "drain", "decode-9", "--admin", cluster.target]) == 1
+    assert capsys.readouterr().err == "pdserve: no worker 'decode-9'\n"
+
+
+def test_members_of_an_unsupervised_cluster_says_so(
+    cluster: FakeCluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster.supervised = False
+    assert run(["members", "list", "--target", cluster.target]) == 1
+    assert "nobody supervises it" in capsys.readouterr().err
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys\n"
+        "from pdserve.cli.app import run\n"
+        "assert run(['serve', '--help']) == 0\n"
+        "heavy = {'torch', 'ray', 'grpc', 'numpy', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

@@ -1,0 +1,270 @@
+"""What the tcp halves do about a peer that lies, stops in mid-frame or comes uninvited."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import numpy as np
+import pytest
+
+from pdserve.core.errors import Unavailable
+from pdserve.core.types import BlockId, HandoffId, OwnerId
+from pdserve.kvtransfer.pool.layout import KvLayout
+from pdserve.kvtransfer.pool.pool import KvPool
+from pdserve.kvtransfer.pool.storage import KvStorage
+from pdserve.kvtransfer.transports.base import Failed, Grant, Landed, Offer, Segment, SourceDone
+from pdserve.kvtransfer.transports.tcp import TcpExporter, TcpImporter
+from pdserve.kvtransfer.transports.tcp.wire import (
+    CLAIM_BYTES,
+    FRAME_BYTES,
+    HELLO_BYTES,
+    WELCOME_BYTES,
+    Claim,
+    FrameHeader,
+    Hello,
+    Welcome,
+)
+
+LAYOUT = KvLayout(num_layers=1, num_kv_heads=2, head_dim=4, dtype="float32")
+HANDOFF = HandoffId("handoff")
+GRANT = Grant(HANDOFF, 3, 5, (Segment(BlockId(0), 1, BlockId(2), 16),))
+TIMEOUT_S = 20.0
+
+Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+@contextlib.asynccontextmanager
+async def importer_of(
+    answer: Answer, timeout_s: float = TIMEOUT_S
+) -> AsyncIterator[tuple[TcpImporter, KvStorage]]:
+    """An importer whose peer welcomes it, reads one claim and then does as `answer` says."""
+
+    async def attend(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.closing(writer), contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            await reader.readexactly(HELLO_BYTES)
+            writer.write(Welcome(True).pack())
+            await reader.readexactly(CLAIM_BYTES + len(HANDOFF))
+            await answer(reader, writer)
+            await writer.drain()
+
+    server = await asyncio.start_server(attend, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    parameters = {
+        "host": "127.0.0.1",
+        "port": str(port),
+        "token": "00" * 16,
+        "layout": LAYOUT.fingerprint().hex(),
+    }
+    storage = KvStorage(LAYOUT, 4)
+    importer = TcpImporter(storage, Offer("tcp", parameters), timeout_s=timeout_s)
+    try:
+        yield importer, storage
+    finally:
+        await importer.close()
+        server.close()
+        await server.wait_closed()
+        storage.close()
+
+
+def frame(**changes: int) -> bytes:
+    header = FrameHeader(tag=1, epoch=3, seq=5, failed=False, num_bytes=LAYOUT.block_bytes)
+    return header._replace(**changes).pack()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nAccept: text/html\r\n\r\n",
+        frame(tag=2) + bytes(LAYOUT.block_bytes),
+        frame(epoch=4) + bytes(LAYOUT.block_bytes),
+        frame(seq=6) + bytes(LAYOUT.block_bytes),
+        frame(num_bytes=LAYOUT.block_bytes * 2) + bytes(LAYOUT.block_bytes * 2),
+        frame(num_bytes=1 << 60),
+        frame(failed=True, num_bytes=1 << 40),
+        frame() + bytes(LAYOUT.block_bytes - 1),
+        frame()[: FRAME_BYTES - 1],
+        b"",
+    ],
+    ids=[
+        "http",
+        "tag",
+        "epoch",
+        "seq",
+        "size",
+        "huge",
+        "huge reason",
+        "cut payload",
+        "cut header",
+        "silent end",
+    ],
+)
+async def test_a_frame_that_is_wrong_or_cut_fails_the_fetch_and_writes_nothing(answer: bytes) -> None:
+    async def send(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer)
+
+    async with importer_of(send) as (importer, storage):
+        report = await importer.fetch(GRANT)
+        assert isinstance(report, Failed)
+        assert not storage.bytes_view.any()
+
+
+async def test_the_sources_reason_reaches_the_report() -> None:
+    async def send(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(frame(failed=True, num_bytes=5) + b"stale")
+
+    async with importer_of(send) as (importer, _storage):
+        assert await importer.fetch(GRANT) == Failed(HANDOFF, 3, 5, "stale")
+
+
+async def test_a_payload_that_stops_midway_fails_within_the_deadline() -> None:
+    async def stall(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(frame() + b"x")
+        await reader.read()
+
+    async with importer_of(stall, timeout_s=0.2) as (importer, storage):
+        report = await importer.fetch(GRANT)
+        assert isinstance(report, Failed)
+        assert "0.2 s" in report.reason
+        assert not storage.bytes_view.any()
+
+
+async def test_a_frame_that_comes_after_the_fetch_was_given_up_is_not_written() -> None:
+    go_on = asyncio.Event()
+    sent = asyncio.Event()
+
+    async def late(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await go_on.wait()
+        writer.write(frame() + b"x" * LAYOUT.block_bytes)
+        await reader.readexactly(CLAIM_BYTES + len(HANDOFF))
+        writer.write(frame(tag=2, seq=6) + b"y" * LAYOUT.block_bytes)
+        sent.set()
+
+    async with importer_of(late) as (importer, storage):
+        fetch = asyncio.ensure_future(importer.fetch(GRANT))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(fetch, 0.2)
+        go_on.set()
+        following = Grant(HANDOFF, 3, 6, (Segment(BlockId(0), 1, BlockId(1), 16),))
+        assert isinstance(await importer.fetch(following), Landed)
+        assert sent.is_set()
+        assert not storage.bytes_view[2].any()
+        assert (storage.bytes_view[1] == ord("y")).all()
+
+
+async def test_nobody_listening_is_a_failed_fetch() -> None:
+    async with exporter() as (source, _pool):
+        offer = source.offer()
+    importer = TcpImporter(KvStorage(LAYOUT, 4), offer, timeout_s=TIMEOUT_S)
+    assert isinstance(await importer.fetch(GRANT), Failed)
+    await importer.close()
+
+
+@contextlib.asynccontextmanager
+async def exporter(timeout_s: float = TIMEOUT_S) -> AsyncIterator[tuple[TcpExporter, KvPool]]:
+    storage = KvStorage(LAYOUT, 4)
+    storage.bytes_view[:] = np.arange(4, dtype=np.uint8)[:, None] + 1
+    pool = KvPool(LAYOUT, 4, storage.generations)
+    assert pool.allocate(OwnerId("p"), 4) is not None
+    source = TcpExporter(storage, timeout_s=timeout_s)
+    await source.start()
+    try:
+        yield source, pool
+    finally:
+        await source.close()
+        storage.close()
+
+
+async def connect(source: TcpExporter, hello: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    parameters = source.offer().parameters
+    reader, writer = await asyncio.open_connection(parameters["host"], int(parameters["port"]))
+    writer.write(hello)
+    return reader, writer
+
+
+async def test_a_reader_without_the_token_is_refused() -> None:
+    async with exporter() as (source, _pool):
+        reader, writer = await connect(source, Hello(b"\1" * 16, b"r" * 16).pack())
+        answer = await reader.read()
+        assert Welcome.unpack(answer) == Welcome(False)
+        writer.close()
+
+
+async def test_a_reader_that_speaks_something_else_is_dropped() -> None:
+    async with exporter() as (source, _pool):
+        reader, writer = await connect(source, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 3)
+        with contextlib.suppress(ConnectionError):
+            assert await reader.read() == b""
+        writer.close()
+
+
+async def test_a_reader_that_says_nothing_is_dropped() -> None:
+    async with exporter(timeout_s=0.1) as (source, _pool):
+        reader, writer = await connect(source, b"")
+        assert await reader.read() == b""
+        writer.close()
+
+
+async def test_a_second_claim_of_one_grant_gets_no_bytes() -> None:
+    async with exporter() as (source, _pool):
+        token = bytes.fromhex(source.offer().parameters["token"])
+        claims = []
+        for number in range(2):
+            reader, writer = await connect(source, Hello(token, b"r" * 16).pack())
+            assert Welcome.unpack(await reader.readexactly(WELCOME_BYTES)) == Welcome(True)
+            writer.write(Claim(number, HANDOFF, 3, 5).pack())
+            claims.append((reader, writer))
+            if number == 1:
+                header = FrameHeader.unpack(await reader.readexactly(FRAME_BYTES))
+                assert header.failed
+        report = await source.serve(GRANT)
+        assert isinstance(report, SourceDone)
+        header = FrameHeader.unpack(await claims[0][0].readexactly(FRAME_BYTES))
+        assert (header.tag, header.failed, header.num_bytes) == (0, False, LAYOUT.block_bytes)
+        assert set(await claims[0][0].readexactly(header.num_bytes)) == {1}
+        for _, writer in claims:
+            writer.close()
+
+
+async def test_a_reader_that_does_not_drain_fails_the_serve_and_loses_its_connection() -> None:
+    layout = KvLayout(num_layers=8, num_kv_heads=8, head_dim=128, dtype="float32")
+    storage = KvStorage(layout, 16)
+    pool = KvPool(layout, 16, storage.generations)
+    assert pool.allocate(OwnerId("p"), 16) is not None
+    source = TcpExporter(storage, timeout_s=0.3)
+    await source.start()
+    token = bytes.fromhex(source.offer().parameters["token"])
+    reader, writer = await connect(source, Hello(token, b"r" * 16).pack())
+    await reader.readexactly(WELCOME_BYTES)
+    writer.transport.pause_reading()  # type: ignore[attr-defined]
+    writer.write(Claim(1, HANDOFF, 3, 5).pack())
+    segments = tuple(Segment(BlockId(block), 1, BlockId(block), 16) for block in range(16))
+    report = await source.serve(Grant(HANDOFF, 3, 5, segments))
+    assert isinstance(report, Failed)
+    assert "0.3 s" in report.reason
+    writer.close()
+    await source.close()
+    storage.close()
+
+
+async def test_an_importer_connects_again_after_its_connection_was_lost() -> None:
+    connections = 0
+
+    async def answer_second(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        if connections == 2:
+            writer.write(frame() + b"z" * LAYOUT.block_bytes)
+
+    async with importer_of(answer_second) as (importer, storage):
+        assert isinstance(await importer.fetch(GRANT), Failed)
+        assert isinstance(await importer.fetch(GRANT), Landed)
+        assert (storage.bytes_view[2] == ord("z")).all()
+
+
+@pytest.mark.parametrize("change", [{"layout": "00" * 16}, {"port": "many"}, {"token": "00"}])
+def test_an_offer_that_does_not_fit_is_refused(change: dict[str, str]) -> None:
+    parameters = {"host": "h", "port": "1", "token": "00" * 16, "layout": LAYOUT.fingerprint().hex()}
+    storage = KvStorage(LAYOUT, 1)
+    with pytest.raises(Unavailable):
+        TcpImporter(storage, Offer("tcp", parameters | change))
+    storage.close()

@@ -1,0 +1,126 @@
+"""The door: what is refused, with the limit in the message."""
+
+import pytest
+from router_views import record
+
+from pdserve.core.errors import ContextTooLong, InvalidRequest, Unavailable, UnknownModel
+from pdserve.core.text.chat_template import ChatMessage
+from pdserve.core.types import Role, SamplingParams
+from pdserve.router import validation
+from pdserve.router.pools import any_per_model, pool_of
+from pdserve.router.validation import Limits
+from pdserve.router.wire import Chat, Prompt, TokenIds
+
+LIMITS = Limits(context_tokens=100, vocab_size=512, decode_blocks=8, prefill_blocks=5)
+
+
+@pytest.mark.parametrize("prompt", [None, "", Chat(()), TokenIds(())])
+def test_an_empty_prompt_is_refused(prompt: Prompt | None) -> None:
+    with pytest.raises(InvalidRequest, match="empty"):
+        validation.check_prompt(prompt, 100)
+
+
+@pytest.mark.parametrize("prompt", ["x" * 11, TokenIds((1, 2, 3)), Chat((ChatMessage("user", "é" * 4),))])
+def test_a_prompt_past_the_limit_names_both_numbers(prompt: Prompt) -> None:
+    with pytest.raises(ContextTooLong, match=r"1[12] bytes, the limit is 10"):
+        validation.check_prompt(prompt, 10)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        SamplingParams(max_tokens=0),
+        SamplingParams(temperature=-0.1),
+        SamplingParams(temperature=float("nan")),
+        SamplingParams(temperature=float("inf")),
+        SamplingParams(top_p=0.0),
+        SamplingParams(top_p=1.1),
+        SamplingParams(top_p=float("nan")),
+    ],
+)
+def test_sampling_out_of_range_is_refused(wrong: SamplingParams) -> None:
+    with pytest.raises(InvalidRequest, match="must be"):
+        validation.check_sampling(wrong)
+
+
+def test_sampling_within_its_range_passes() -> None:
+    validation.check_sampling(SamplingParams(max_tokens=1, temperature=2.0, top_p=1.0, top_k=40))
+
+
+def test_tokens_are_checked_against_the_vocabulary() -> None:
+    validation.check_tokens([0, 511], 512)
+    with pytest.raises(InvalidRequest, match=r"512.*0 to 511"):
+        validation.check_tokens([1, 512], 512)
+    with pytest.raises(InvalidRequest, match="no tokens"):
+        validation.check_tokens([], 512)
+
+
+def test_models_are_listed_when_another_is_asked_for() -> None:
+    assert validation.check_model("", ["a"]) == "a"
+    assert validation.check_model("b", ["a", "b"]) == "b"
+    with pytest.raises(UnknownModel, match="a, b"):
+        validation.check_model("c", ["b", "a"])
+    with pytest.raises(UnknownModel, match="a, b"):
+        validation.check_model("", ["b", "a"])
+
+
+def test_the_default_completion_shrinks_to_the_context() -> None:
+    default = SamplingParams()
+    assert validation.bound_completion(default, False, 90, LIMITS).max_tokens == 10
+    assert validation.bound_completion(SamplingParams(max_tokens=10), True, 90, LIMITS).max_tokens == 10
+
+
+@pytest.mark.parametrize(("prompt", "asked"), [(91, True), (100, False), (101, False)])
+def test_past_the_context_the_request_is_refused(prompt: int, asked: bool) -> None:
+    with pytest.raises(ContextTooLong, match=rf"{prompt} \+ .*100"):
+        validation.bound_completion(SamplingParams(max_tokens=10), asked, prompt, LIMITS)
+
+
+def test_what_fits_no_pool_is_refused_with_both_numbers() -> None:
+    validation.check_fits(80, 8, LIMITS)
+    with pytest.raises(ContextTooLong, match=r"9 blocks.*8 blocks"):
+        validation.check_fits(60, 9, LIMITS)
+    with pytest.raises(ContextTooLong, match=r"6 blocks to prefill.*5 blocks"):
+        validation.check_fits(82, 6, LIMITS)
+
+
+def test_a_promise_covers_the_prompt_and_the_headroom_at_most() -> None:
+    assert validation.promise_blocks(16, 1000, 32) == 3
+    assert validation.promise_blocks(16, 4, 32) == 2
+
+
+@pytest.mark.parametrize("name", ["x" * 129, "a\nb"])
+def test_odd_request_ids_are_refused(name: str) -> None:
+    with pytest.raises(InvalidRequest, match="request_id"):
+        validation.check_request_id(name)
+
+
+def test_limits_are_those_of_the_largest_pool_of_each_kind() -> None:
+    limits = Limits.of(
+        [
+            record("p", Role.PREFILL, pool_blocks=7),
+            record("d", Role.DECODE, pool_blocks=9),
+            record("e", Role.DECODE, pool_blocks=5),
+        ]
+    )
+    assert (limits.prefill_blocks, limits.decode_blocks) == (7, 9)
+    assert Limits.of([record("d", Role.DECODE)]).prefill_blocks is None
+
+
+def test_schemas_never_mix_in_a_pool() -> None:
+    old = [record("p0", Role.PREFILL), record("d0", Role.DECODE)]
+    new = [record(name, Role.DECODE, schema="11" * 16) for name in ("d1", "d2")]
+    assert {worker.worker for worker in pool_of([*old, *new], "tiny")} == {"d1", "d2"}
+    assert {worker.worker for worker in pool_of([*old, new[0]], "tiny")} == {"p0", "d0"}
+
+
+def test_a_pool_without_an_owner_is_unavailable() -> None:
+    with pytest.raises(Unavailable, match="has joined"):
+        pool_of([], "tiny")
+    with pytest.raises(Unavailable, match=r"p \(prefill\), d \(draining\)"):
+        pool_of([record("p", Role.PREFILL), record("d", Role.DECODE, draining=True)], "tiny")
+
+
+def test_each_model_is_described_once() -> None:
+    described = any_per_model([record("a", Role.MIXED), record("b", Role.MIXED)])
+    assert {model: found.worker for model, found in described.items()} == {"tiny": "a"}

@@ -1,0 +1,95 @@
+"""The one place where the worker's protobuf messages become core types and back."""
+
+import dataclasses
+
+from pdserve.core.clock import Clock
+from pdserve.core.errors import InvalidRequest
+from pdserve.core.types import RequestId, SamplingParams, hit_limit
+from pdserve.core.worker_record import WorkerLoad, WorkerRecord
+from pdserve.kvtransfer.names import chain, unpack_chain, unpack_tokens
+from pdserve.kvtransfer.pool.pool import PoolCounts
+from pdserve.proto import inference_pb2, worker_pb2
+from pdserve.workers.decode_request import DecodeAsk, PrefillCandidate
+
+
+def decode_ask(message: worker_pb2.OpenRequest, clock: Clock) -> DecodeAsk:
+    """Raises InvalidRequest where the message contradicts itself."""
+    tokens = unpack_tokens(message.prompt_token_ids)
+    if not tokens:
+        raise InvalidRequest("the prompt is empty: send at least one token")
+    names = unpack_chain(message.chain) if message.chain else chain(message.namespace, tokens)
+    if len(names) < hit_limit(len(tokens)):
+        raise InvalidRequest(
+            f"{len(names)} block names for {len(tokens)} prompt tokens: at least {hit_limit(len(tokens))} expected"
+        )
+    remaining = message.remaining_s if message.HasField("remaining_s") else None
+    return DecodeAsk(
+        request_id=RequestId(message.request_id),
+        token_ids=tokens,
+        chain=names,
+        namespace=message.namespace,
+        sampling=sampling_params(message.sampling),
+        candidates=tuple(PrefillCandidate(c.worker, c.incarnation, c.endpoint) for c in message.candidates),
+        deadline=None if remaining is None else clock.now() + remaining,
+    )
+
+
+def sampling_params(message: inference_pb2.Sampling) -> SamplingParams:
+    """Fields that are absent take the defaults of SamplingParams."""
+    given = {
+        field.name: getattr(message, field.name)
+        for field in dataclasses.fields(SamplingParams)
+        if field.name == "ignore_eos" or message.HasField(field.name)  # type: ignore[arg-type]
+    }
+    return SamplingParams(**given)
+
+
+def block_counts(counts: PoolCounts) -> inference_pb2.BlockCounts:
+    return inference_pb2.BlockCounts(
+        total=counts.total,
+        free=counts.free,
+        held=counts.held,
+        reserved=counts.reserved,
+        cached=counts.cached,
+        loading=counts.loading,
+        quarantined=counts.quarantined,
+        promised=counts.promised,
+    )
+
+
+def worker_status(
+    record: WorkerRecord, load: WorkerLoad, counts: PoolCounts, handoffs: int, in_flight: int
+) -> inference_pb2.WorkerStatus:
+    return inference_pb2.WorkerStatus(
+        worker=record.worker,
+        incarnation=record.incarnation,
+        role=str(record.role),
+        model=record.model,
+        endpoint=record.endpoint,
+        pid=record.pid,
+        draining=record.draining,
+        role_weight=record.role_weight,
+        blocks=block_counts(counts),
+        running=load.running,
+        waiting=load.waiting,
+        handoffs=handoffs,
+        in_flight=in_flight,
+        state="draining" if record.draining else "ready",
+    )
+
+
+def worker_load(
+    record: WorkerRecord, load: WorkerLoad, counts: PoolCounts, handoffs: int, in_flight: int
+) -> worker_pb2.WorkerLoad:
+    return worker_pb2.WorkerLoad(
+        queued_prefill_tokens=load.queued_prefill_tokens,
+        running=load.running,
+        waiting=load.waiting,
+        context_tokens=load.context_tokens,
+        blocks=block_counts(counts),
+        draining=record.draining,
+        role_weight=record.role_weight,
+        perf_model=load.perf_model,
+        handoffs=handoffs,
+        in_flight=in_flight,
+    )

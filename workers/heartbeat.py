@@ -1,0 +1,68 @@
+"""Tells the membership that the worker lives, and notices when the worker itself was away.
+
+A process that was stopped, or starved, for longer than a session lives has been given up by its peers:
+what it remembers is void. It must not go on under the old incarnation as if nothing had happened.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+
+from pdserve.core.clock import Clock
+from pdserve.core.worker_record import WorkerLoad
+from pdserve.kvtransfer.index.base import IndexUnavailable
+
+log = logging.getLogger(__name__)
+
+
+class Heartbeat:
+    """One loop. `beat` tells the membership and answers whether this incarnation still counts.
+
+    A redis that is away fences nobody: only the worker's own clock and the membership's word do.
+    """
+
+    def __init__(
+        self,
+        *,
+        beat: Callable[[WorkerLoad], Awaitable[bool]],
+        load: Callable[[], WorkerLoad],
+        fence: Callable[[str], Awaitable[None]],
+        period_s: float,
+        bound_s: float,
+        clock: Clock,
+    ) -> None:
+        self._beat = beat
+        self._load = load
+        self._fence = fence
+        self._period_s = period_s
+        self._bound_s = bound_s
+        self._clock = clock
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name="heartbeat")
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
+    async def _run(self) -> None:
+        last = self._clock.now()
+        while True:
+            await asyncio.sleep(self._period_s)
+            now = self._clock.now()
+            if now - last > self._bound_s:
+                await self._fence(
+                    f"no heartbeat of its own for {now - last:.1f} s; the bound is {self._bound_s} s"
+                )
+            last = now
+            try:
+                counts = await self._beat(self._load())
+            except IndexUnavailable as error:
+                log.warning("heartbeat not delivered: %s", error)
+                continue
+            if not counts:
+                await self._fence("a newer incarnation has taken its place")

@@ -1,0 +1,26 @@
+"""Where tests wrap a worker's parts: faults and delays come from outside, never from switches inside."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from pdserve.core.lifecycle import Lifecycle
+from pdserve.kvtransfer.handoff.producer import Filler
+from pdserve.kvtransfer.transports.base import Exporter, Importer
+from pdserve.workers.engine.runner import ModelRunner
+
+Observer = Callable[[Lifecycle, Mapping[str, object]], None]
+
+
+def ignore(event: Lifecycle, facts: Mapping[str, object]) -> None:
+    """The observer of a worker that nobody watches."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seams:
+    """Each field maps a part to what is used in its place; the defaults change nothing."""
+
+    observer: Observer = ignore
+    runner: Callable[[ModelRunner], ModelRunner] = lambda runner: runner
+    filler: Callable[[Filler], Filler] = lambda filler: filler
+    importer: Callable[[Importer], Importer] = lambda importer: importer
+    exporter: Callable[[Exporter], Exporter] = lambda exporter: exporter
