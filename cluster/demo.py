@@ -12,7 +12,7 @@ from pdserve.client import AsyncClient, Result
 from pdserve.cluster.cluster import Cluster
 from pdserve.core.config import RouterConfig, ServeConfig
 
-PROMPT = "Explain in three sentences why serving a language model has a prefill phase and a decode phase."
+PROMPT = "Explain in three sentences why serving a language model has a prefill and a decode phase."
 MAX_TOKENS = 96
 
 
@@ -24,7 +24,7 @@ def demo(
     max_tokens: int = MAX_TOKENS,
     config: ServeConfig | None = None,
 ) -> int:
-    """Start 1 prefill + 1 decode worker, stream one answer, print the table; with `as_json` an object last."""
+    """Start 1 prefill + 1 decode worker, stream one answer, print the table; `as_json`: an object last."""
     base = config or ServeConfig()
     free_port = dataclasses.replace(base.router, grpc_port=0)
     chosen = dataclasses.replace(base, model=model, router=RouterConfig(**dataclasses.asdict(free_port)))

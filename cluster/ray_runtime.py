@@ -33,7 +33,11 @@ class RayRuntime:
         # Children inherit these: no token file in the home directory, no phoning home.
         os.environ["RAY_AUTH_MODE"] = "disabled"
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-        common = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": f"pdserve-{os.getpid()}"}
+        common = {
+            "log_to_driver": False,
+            "logging_level": logging.ERROR,
+            "namespace": f"pdserve-{os.getpid()}",
+        }
         if self._address is not None:
             ray.init(address=self._address, **common)
             return

@@ -1,7 +1,6 @@
 """`pdserve serve`: a cluster that lives until SIGINT or SIGTERM."""
 
 import asyncio
-import contextlib
 import json
 import logging
 import os
@@ -55,8 +54,12 @@ async def _serve(config: ServeConfig) -> None:
         starting = False
         await cluster.stop()
         if config.ready_file is not None:
-            with contextlib.suppress(FileNotFoundError):
-                Path(config.ready_file).unlink()
+            remove(Path(config.ready_file))
+
+
+def remove(path: Path) -> None:
+    """Whether it is there or not."""
+    path.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, text: str) -> None:

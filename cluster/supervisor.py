@@ -9,10 +9,11 @@ from typing import Any
 import grpc
 import ray
 
-from pdserve.cluster.actors import WorkerActor
+from pdserve.cluster.actors import start_worker_actor
 from pdserve.cluster.members import Member, MemberState, MemberTable
 from pdserve.core.channel_options import CHANNEL_OPTIONS
 from pdserve.core.errors import InvalidRequest, Unavailable
+from pdserve.core.tasks import end_task
 from pdserve.core.types import Role, WorkerId
 from pdserve.core.worker_record import WorkerRecord
 from pdserve.proto import worker_pb2, worker_pb2_grpc
@@ -34,7 +35,6 @@ class Supervisor:
         self._spec_for = spec_for
         self._actors: dict[WorkerId, Any] = {}
         self._watchers: dict[WorkerId, asyncio.Task[None]] = {}
-        self._stopping = False
 
     async def add(self, role: Role, model: str) -> Member:
         """Start a worker and wait until it is ready. Raises what its start raised."""
@@ -45,7 +45,9 @@ class Supervisor:
             self.members.discard(member.worker)
             self._kill(member.worker)
             raise
-        self._watchers[member.worker] = asyncio.create_task(self._watch(member), name=f"watch-{member.worker}")
+        self._watchers[member.worker] = asyncio.create_task(
+            self._watch(member), name=f"watch-{member.worker}"
+        )
         return member
 
     async def drain(self, worker: str, grace_s: float) -> int:
@@ -76,40 +78,38 @@ class Supervisor:
         member.role_weight = role_weight
 
     async def stop(self) -> None:
-        """End all workers, together."""
-        self._stopping = True
+        """End all workers, together. Their watchers end first, so that nobody starts them again."""
         await asyncio.gather(*(self._end(worker) for worker in list(self._actors)))
 
     async def _start(self, member: Member) -> None:
-        actor = WorkerActor.remote(self._spec_for(member).to_dict())
+        actor = start_worker_actor(self._spec_for(member))
         self._actors[member.worker] = actor
         fields = await asyncio.wait_for(_result(actor.start.remote()), START_TIMEOUT_S)
         member.record = WorkerRecord.from_dict(fields)
         member.state = MemberState.READY
         if member.role_weight is not None:
             await self.set_role_weight(member.worker, member.role_weight)
-        log.info("%s is ready: incarnation %s, pid %d", member.worker, member.record.incarnation, member.record.pid)
+        log.info(
+            "%s is ready: incarnation %s, pid %d", member.worker, member.record.incarnation, member.record.pid
+        )
 
     async def _watch(self, member: Member) -> None:
         """Sleep on the actor's death, then start it again, with a growing pause if it keeps dying."""
         loop = asyncio.get_running_loop()
         backoff = FIRST_BACKOFF_S
-        while not self._stopping:
+        while True:
             alive_since = loop.time()
             with contextlib.suppress(ray.exceptions.RayError):
                 await _result(self._actors[member.worker].wait.remote())
-            if self._stopping:
-                return
             log.warning("%s died: starting it again", member.worker)
             member.state = MemberState.RESTARTING
             member.record = None
             if loop.time() - alive_since > LAST_BACKOFF_S:
                 backoff = FIRST_BACKOFF_S
-            while not self._stopping:
+            while member.record is None:
                 member.restarts += 1
                 try:
                     await self._start(member)
-                    break
                 except Exception:
                     log.exception("%s did not start; next try in %.1f s", member.worker, backoff)
                     self._kill(member.worker)
@@ -118,10 +118,7 @@ class Supervisor:
 
     async def _end(self, worker: WorkerId) -> None:
         watcher = self._watchers.pop(worker, None)
-        if watcher is not None:
-            watcher.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await watcher
+        await end_task(watcher)
         actor = self._actors.get(worker)
         if actor is not None:
             with contextlib.suppress(TimeoutError, ray.exceptions.RayError):

@@ -32,6 +32,7 @@ class Admission:
         self._max_queue = max_queue
         self._running: set[RequestId] = set()
         self._queue: dict[RequestId, float | None] = {}
+        self._expired: set[RequestId] = set()
         self._interval_s = _UNMEASURED_INTERVAL_S
         self._last_end: float | None = None
 
@@ -45,7 +46,7 @@ class Admission:
 
     def knows(self, request: RequestId) -> bool:
         """Whether a request of that name runs or waits."""
-        return request in self._running or request in self._queue
+        return request in self._running or request in self._queue or request in self._expired
 
     def arrive(self, request: RequestId, deadline: float | None, now: float) -> Admitted:
         """Take a slot or a place in the queue. `deadline` and `now` are on one clock, in seconds.
@@ -58,6 +59,7 @@ class Admission:
             raise ValueError(f"request {request} is already admitted")
         if deadline is not None and deadline <= now:
             raise DeadlineExceeded(f"request {request} arrived {now - deadline:.3f} s after its deadline")
+        self._expire(now)
         if len(self._running) < self._max_in_flight and not self._queue:
             self._running.add(request)
             return Admitted.NOW
@@ -71,16 +73,17 @@ class Admission:
         return Admitted.QUEUED
 
     def leave(self, request: RequestId, now: float) -> tuple[RequestId, ...]:
-        """A request ended, or gave up waiting. Returns whom this admits; expired waiters are passed over.
+        """A request ended, or gave up waiting. Returns whom this admits.
 
-        A passed-over request stays known until it leaves by itself: its own deadline ends it.
+        A waiter whose deadline has passed takes no place any more, and stays known until it leaves by itself.
         """
         if request in self._running:
             self._running.discard(request)
             self._measure(now)
-        else:
-            self._queue.pop(request, None)
-        return tuple(self._admit(now))
+        self._queue.pop(request, None)
+        self._expired.discard(request)
+        self._expire(now)
+        return tuple(self._admit())
 
     def retry_after_s(self) -> float:
         """When a slot is likely: everybody who waits has to be served first."""
@@ -92,16 +95,21 @@ class Admission:
         assert len(self._running) <= self._max_in_flight, "more in flight than slots"
         assert len(self._queue) <= self._max_queue, "more waiting than places"
         assert not self._running & self._queue.keys(), "a request runs and waits"
+        assert not self._expired & (self._running | self._queue.keys()), "an expired request runs or waits"
+        assert not self._queue or len(self._running) == self._max_in_flight, "a slot is free and one waits"
 
-    def _admit(self, now: float) -> Iterator[RequestId]:
-        for request, deadline in list(self._queue.items()):
-            if len(self._running) >= self._max_in_flight:
-                return
-            if deadline is not None and deadline <= now:
-                continue
+    def _admit(self) -> Iterator[RequestId]:
+        while self._queue and len(self._running) < self._max_in_flight:
+            request = next(iter(self._queue))
             del self._queue[request]
             self._running.add(request)
             yield request
+
+    def _expire(self, now: float) -> None:
+        for request, deadline in list(self._queue.items()):
+            if deadline is not None and deadline <= now:
+                del self._queue[request]
+                self._expired.add(request)
 
     def _measure(self, now: float) -> None:
         if self._last_end is not None:

@@ -9,7 +9,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
-from pdserve.core.channel_options import SERVER_OPTIONS
+from pdserve.core.channel_options import MAX_MESSAGE_BYTES, SERVER_OPTIONS
 from pdserve.core.clock import Clock, MonotonicClock
 from pdserve.core.config import ServeConfig
 from pdserve.core.errors import ConfigError
@@ -29,7 +29,9 @@ from pdserve.router.universal import UniversalPrefix
 INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 
 STOP_GRACE_S = 2.0
-"""Time for running calls once the router stops; what is left then fails as retriable."""
+"""Time for running calls once the router stops."""
+_LAST_WORDS_S = 1.0
+"""Time for the status of those that did not end in it."""
 
 
 class RouterServer:
@@ -94,9 +96,10 @@ class RouterServer:
 
     async def start(self) -> None:
         """Listen, and connect to the workers. Raises ConfigError when the port is taken."""
-        # Twice the limit, so that a prompt somewhat too long is refused by us, with both numbers.
-        longest = ("grpc.max_receive_message_length", 2 * self._config.router.max_prompt_bytes)
-        server = grpc.aio.server(options=[*SERVER_OPTIONS, longest, ("grpc.so_reuseport", 0)])
+        # Above the limit, so that a prompt somewhat too long is refused by us, with both numbers.
+        longest = max(MAX_MESSAGE_BYTES, 2 * self._config.router.max_prompt_bytes)
+        options = dict(SERVER_OPTIONS) | {"grpc.max_receive_message_length": longest, "grpc.so_reuseport": 0}
+        server = grpc.aio.server(options=list(options.items()))
         add_InferenceServicer_to_server(self._service, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (INFERENCE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
@@ -113,12 +116,15 @@ class RouterServer:
         self._server = server
         self.pool.start(lambda: self._announce(self._service.servable()))
 
-    async def stop(self) -> None:
-        """Take no new calls, give running ones a short grace, then end all sessions."""
+    async def stop(self, grace_s: float = STOP_GRACE_S) -> None:
+        """Take no new calls; what still runs after `grace_s` fails as retriable. Idempotent."""
         await self._health.enter_graceful_shutdown()
-        if self._server is not None:
-            await self._server.stop(STOP_GRACE_S)
-        await self.pool.stop()
+        server, self._server = self._server, None
+        if server is not None:
+            stopping = asyncio.create_task(server.stop(grace_s + _LAST_WORDS_S))
+            await asyncio.wait([stopping], timeout=grace_s)
+            await self.pool.stop()
+            await stopping
         await asyncio.gather(*self._news)
 
     def _announce(self, serving: bool) -> None:

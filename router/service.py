@@ -21,6 +21,7 @@ from pdserve.router import validation, wire
 from pdserve.router.dispatch import Dispatcher, Job
 from pdserve.router.gate import AdmissionGate
 from pdserve.router.pools import any_per_model, pool_of
+from pdserve.router.prompt import Chat, Prompt, TokenIds, prompt_bytes
 from pdserve.router.session_pool import SessionPool
 from pdserve.router.status import abort
 
@@ -176,15 +177,15 @@ class InferenceService(InferenceServicer):
             raise Unavailable("no worker has joined yet: retry when one is ready")
         return known
 
-    async def _tokenize(self, model: str, prompt: wire.Prompt) -> Sequence[int]:
+    async def _tokenize(self, model: str, prompt: Prompt) -> Sequence[int]:
         """Token ids of the prompt; ids stay as they are. Raises InvalidRequest."""
-        if isinstance(prompt, wire.TokenIds):
+        if isinstance(prompt, TokenIds):
             return prompt.ids
         tokenizer = self._door.tokenizers.get(model)
         if tokenizer is None:
             raise InvalidRequest(f"this router has no tokenizer for model {model!r}: send token ids")
-        if isinstance(prompt, wire.Chat):
+        if isinstance(prompt, Chat):
             encode = partial(tokenizer.encode_chat, prompt.messages)
         else:
             encode = partial(tokenizer.encode, prompt)
-        return await asyncio.to_thread(encode) if wire.prompt_bytes(prompt) > LONG_PROMPT_BYTES else encode()
+        return await asyncio.to_thread(encode) if prompt_bytes(prompt) > LONG_PROMPT_BYTES else encode()

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -23,6 +24,8 @@ from pdserve.router.token_stream import TokenStream
 
 FIRST_BACKOFF_S = 0.05
 LONGEST_BACKOFF_S = 1.0
+FAREWELL_S = 0.5
+"""Time to hand the last messages to a worker that may not read any more."""
 
 _RECONNECT_OPTIONS = (
     # Each attempt opens a connection of its own: a shared one would impose its own, longer back-off.
@@ -95,8 +98,13 @@ class WorkerSession:
         self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._watch())]
 
     async def stop(self, reason: str) -> None:
-        """End the session for good; requests still on it fail as retriable."""
+        """End the session for good; requests still on it fail as retriable, and the worker is told."""
         self.lose(reason)
+        if self.state is SessionState.UP:
+            self.state = SessionState.CLOSED
+            with suppress(TimeoutError):
+                async with asyncio.timeout(FAREWELL_S):
+                    await self._outbox.join()
         self.state = SessionState.CLOSED
         for task in self._tasks:
             task.cancel()
@@ -298,3 +306,4 @@ async def _write(call: SessionCall, outbox: asyncio.Queue[worker_pb2.SessionRequ
     """The only writer of a stream: concurrent writes on one call are not allowed."""
     while True:
         await call.write(await outbox.get())
+        outbox.task_done()

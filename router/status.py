@@ -1,11 +1,14 @@
 """The one place where errors become gRPC status, and workers' failures become errors."""
 
+import logging
 from typing import NoReturn, Protocol
 
 import grpc
 
 from pdserve.core.errors import PdserveError, from_foreign, from_wire
 from pdserve.proto import worker_pb2
+
+log = logging.getLogger(__name__)
 
 RETRIABLE_KEY = "retriable"
 RETRY_AFTER_KEY = "retry-after-s"
@@ -22,6 +25,8 @@ class Abortable(Protocol):
 async def abort(context: Abortable, error: Exception) -> NoReturn:
     """End the call with the status, message and trailing metadata that `error` stands for."""
     known = from_foreign(error)
+    if known is not error:
+        log.error("a call ended with an error that nobody mapped", exc_info=error)
     await context.abort(status_code(known), known.message, trailing_metadata(known))
 
 

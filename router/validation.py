@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pdserve.core.errors import ContextTooLong, InvalidRequest, UnknownModel
 from pdserve.core.types import BLOCK_TOKENS, SamplingParams, blocks_for
 from pdserve.core.worker_record import WorkerRecord
-from pdserve.router.wire import Chat, Prompt, TokenIds, prompt_bytes
+from pdserve.router.prompt import Chat, Prompt, TokenIds, prompt_bytes
 
 LONGEST_REQUEST_ID = 128
 

@@ -8,24 +8,7 @@ from pdserve.core.types import BlockName, RequestId, SamplingParams
 from pdserve.core.worker_record import WorkerLoad, WorkerRecord
 from pdserve.kvtransfer.names import pack_chain, pack_tokens
 from pdserve.proto import inference_pb2, worker_pb2
-
-
-@dataclass(frozen=True, slots=True)
-class Chat:
-    """A conversation, which the model's chat template turns into tokens."""
-
-    messages: tuple[ChatMessage, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class TokenIds:
-    """A prompt that the client tokenized itself."""
-
-    ids: tuple[int, ...]
-
-
-Prompt = str | Chat | TokenIds
-"""What a client may send."""
+from pdserve.router.prompt import Chat, Prompt, TokenIds
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +32,6 @@ def prompt_of(request: inference_pb2.GenerateRequest | inference_pb2.TokenizeReq
             return TokenIds(tuple(request.token_ids.ids))
         case _:
             return None
-
-
-def prompt_bytes(prompt: Prompt) -> int:
-    """Size for the limit on prompts: UTF-8 bytes, or four per token id."""
-    match prompt:
-        case TokenIds(ids):
-            return 4 * len(ids)
-        case Chat(messages):
-            return sum(_bytes(message.role) + _bytes(message.content) for message in messages)
-        case text:
-            return _bytes(text)
 
 
 def sampling_of(message: inference_pb2.Sampling) -> SamplingParams:
@@ -167,7 +139,3 @@ def models(records: Mapping[str, WorkerRecord]) -> inference_pb2.ListModelsRespo
         for name, record in sorted(records.items())
     ]
     return inference_pb2.ListModelsResponse(models=listed)
-
-
-def _bytes(text: str) -> int:
-    return len(text.encode(errors="surrogatepass"))

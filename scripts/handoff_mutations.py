@@ -21,7 +21,7 @@ from pdserve.kvtransfer.handoff import decode_side as d
 from pdserve.kvtransfer.handoff import events as ev
 from pdserve.kvtransfer.handoff import prefill_side as p
 from pdserve.kvtransfer.handoff.states import DecodeState, PrefillState
-from pdserve.kvtransfer.handoff.table import Row, Table, always
+from pdserve.kvtransfer.handoff.table import Row, Table, always, unchanged
 
 D, P = DecodeState, PrefillState
 Rows = tuple[Row, ...]
@@ -45,11 +45,11 @@ def at(rows: Rows, state: object, event: type, guard: object | None = None) -> i
     raise LookupError(f"no row for {event.__name__} in {state}")
 
 
-def edit(state: object, event: type, guard: object | None = None, **fields: Any) -> Callable[[Rows], Rows]:
-    """Replace fields of one row."""
+def edit(state: object, event: type, which: object | None = None, /, **fields: Any) -> Callable[[Rows], Rows]:
+    """Replace fields of one row; `which` is its guard where (state, event) has several."""
 
     def change(rows: Rows) -> Rows:
-        index = at(rows, state, event, guard)
+        index = at(rows, state, event, which)
         return (*rows[:index], replace(rows[index], **fields), *rows[index + 1 :])
 
     return change
@@ -166,7 +166,11 @@ MUTATIONS = (
     ),
     Mutation("D frees instead of quarantining", "D", free_at_once),
     Mutation("D does not wait for the drain", "D", edit(D.ABORTED, ev.Settle, guard=always)),
-    Mutation("D forgets its writers on a cancel", "D", edit(D.FETCHING, ev.Cancelled, update=forget_writers)),
+    Mutation(
+        "D forgets its writers on a cancel",
+        "D",
+        edit(D.FETCHING, ev.Cancelled, update=forget_writers),
+    ),
     Mutation("D skips the release of its blocks", "D", edit(D.ABORTED, ev.Settle, next=D.RELEASED, do=())),
     Mutation(
         "D reserves but for later chunks only",
@@ -215,13 +219,13 @@ MUTATIONS = (
     Mutation(
         "P does not give way under pressure",
         "P",
-        edit(P.FILLED, ev.MemoryPressure, update=lambda machine, event: machine),
+        edit(P.FILLED, ev.MemoryPressure, update=unchanged),
         "hold and wait",
     ),
     Mutation(
         "P stays when the stream closes",
         "P",
-        edit(P.FILLED, ev.StreamClosed, next=P.FILLED, do=(), update=lambda machine, event: machine),
+        edit(P.FILLED, ev.StreamClosed, next=P.FILLED, do=(), update=unchanged),
     ),
 )
 

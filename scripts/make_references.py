@@ -19,14 +19,27 @@ from pdserve.core.catalog import resolve_model
 NEW_TOKENS = 64
 
 LONG_TOPICS = (
-    "the tides of the North Sea", "how bridges carry load", "the care of fruit trees", "medieval trade routes",
-    "the chemistry of bread", "maps and their projections", "why glaciers move", "the history of clocks",
-    "how cities store water", "the grammar of whale song", "printing before Gutenberg", "the making of violins",
-)  # fmt: skip
+    "the tides of the North Sea",
+    "how bridges carry load",
+    "the care of fruit trees",
+    "medieval trade routes",
+    "the chemistry of bread",
+    "maps and their projections",
+    "why glaciers move",
+    "the history of clocks",
+    "how cities store water",
+    "the grammar of whale song",
+    "printing before Gutenberg",
+    "the making of violins",
+)
 
 TEXTS = {
-    "code-python": "def quicksort(items):\n    if len(items) <= 1:\n        return items\n    pivot = items[0]\n",
-    "code-c": "#include <stdio.h>\n\nint main(int argc, char **argv) {\n    for (int i = 0; i < argc; i++) {\n",
+    "code-python": (
+        "def quicksort(items):\n    if len(items) <= 1:\n        return items\n    pivot = items[0]\n"
+    ),
+    "code-c": (
+        "#include <stdio.h>\n\nint main(int argc, char **argv) {\n    for (int i = 0; i < argc; i++) {\n"
+    ),
     "prose": "The lighthouse keeper had not spoken to another person since the first week of October, and",
     "german": "Die Straßenbahn hielt an der Brücke, und die Fahrgäste stiegen aus, weil",
     "french": "Il était une fois, dans un petit village près de la mer, une jeune fille qui",

@@ -20,7 +20,7 @@ def decode_ask(message: worker_pb2.OpenRequest, clock: Clock) -> DecodeAsk:
     names = unpack_chain(message.chain) if message.chain else chain(message.namespace, tokens)
     if len(names) < hit_limit(len(tokens)):
         raise InvalidRequest(
-            f"{len(names)} block names for {len(tokens)} prompt tokens: at least {hit_limit(len(tokens))} expected"
+            f"{len(names)} block names for {len(tokens)} prompt tokens: {hit_limit(len(tokens))} are needed"
         )
     remaining = message.remaining_s if message.HasField("remaining_s") else None
     return DecodeAsk(
@@ -39,7 +39,7 @@ def sampling_params(message: inference_pb2.Sampling) -> SamplingParams:
     given = {
         field.name: getattr(message, field.name)
         for field in dataclasses.fields(SamplingParams)
-        if field.name == "ignore_eos" or message.HasField(field.name)  # type: ignore[arg-type]
+        if field.name == "ignore_eos" or message.HasField(field.name)
     }
     return SamplingParams(**given)
 

@@ -29,9 +29,11 @@ from pdserve.core.lifecycle import Lifecycle
 from pdserve.core.types import (
     BLOCK_TOKENS,
     FinishReason,
+    Incarnation,
     OwnerId,
     RequestId,
     SequenceId,
+    WorkerId,
     blocks_for,
     hit_limit,
 )
@@ -99,7 +101,7 @@ class DecodeRole:
         if not self._pool.promise(request.promise_owner, needed):
             self._count("replaced")
             counts = self._pool.counts()
-            reason = f"needs {needed} KV blocks; {counts.promised} of {counts.total} are promised to other requests"
+            reason = f"needs {needed} KV blocks; {counts.promised} of {counts.total} are promised to others"
             return worker_pb2.Replace(request_id=ask.request_id, reason=reason, retry_after_s=0.5)
         self._count("opened")
         self._requests[ask.request_id] = request
@@ -156,7 +158,7 @@ class DecodeRole:
     # -- draining and ending -------------------------------------------------------------------------
 
     async def drain(self, grace_s: float) -> int:
-        """Take nothing new; wait for the streams, then fail the rest as retriable. Returns how many failed."""
+        """Take nothing new; wait for the streams, then fail the rest as retriable. Returns how many."""
         self.draining = True
         await self.until_idle(grace_s)
         return self.fail_all(WorkerLost(f"worker {self._record().worker} was drained: try again"))
@@ -393,7 +395,7 @@ class DecodeRole:
 
 
 def _peer(candidate: PrefillCandidate) -> HandoffPeer:
-    return HandoffPeer(candidate.worker, candidate.incarnation, candidate.endpoint)
+    return HandoffPeer(WorkerId(candidate.worker), Incarnation(candidate.incarnation), candidate.endpoint)
 
 
 def _all_refused(refusals: list[NotServed]) -> PdserveError:

@@ -5,9 +5,9 @@ producer: the engine, one StepOutputs per step. consumers: the decode role (toke
 """
 
 import asyncio
-import contextlib
 from collections.abc import Callable
 
+from pdserve.core.tasks import end_task
 from pdserve.core.types import SequenceId
 from pdserve.workers.engine.messages import EngineClient, SequenceOutput, SequenceSpec
 
@@ -27,10 +27,7 @@ class OutputDispatcher:
         self._task = asyncio.create_task(self._run(), name="engine-outputs")
 
     async def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        await end_task(self._task)
 
     def after_step(self, callback: Callable[[], None]) -> None:
         """Call `callback` after the items of each step: the moment to send one frame for all of them."""

@@ -5,11 +5,11 @@ what it remembers is void. It must not go on under the old incarnation as if not
 """
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 
 from pdserve.core.clock import Clock
+from pdserve.core.tasks import end_task
 from pdserve.core.worker_record import WorkerLoad
 from pdserve.kvtransfer.index.base import IndexUnavailable
 
@@ -44,10 +44,7 @@ class Heartbeat:
         self._task = asyncio.create_task(self._run(), name="heartbeat")
 
     async def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        await end_task(self._task)
 
     async def _run(self) -> None:
         last = self._clock.now()

@@ -30,7 +30,7 @@ class ModelHost:
 
     @classmethod
     def load(cls, spec: WorkerSpec) -> "ModelHost":
-        """Takes seconds: call it in a thread. Raises ConfigError for anything that is wrong with the files."""
+        """Takes seconds: call it in a thread. Raises ConfigError for files that are wrong."""
         path = resolve_model(spec.model)
         torch.set_num_threads(spec.engine.threads)
         decoder = Decoder.load(path, _DTYPES[spec.dtype], spec.engine.device)

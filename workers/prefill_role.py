@@ -8,7 +8,7 @@ from pdserve.core.clock import Clock
 from pdserve.core.errors import InternalError
 from pdserve.core.perfmodel import PerfModel
 from pdserve.core.types import BlockName, FinishReason, OwnerId, SequenceId
-from pdserve.kvtransfer.handoff.producer import FillEstimate, FillProgress
+from pdserve.kvtransfer.handoff.filler import FillEstimate, FillProgress
 from pdserve.workers.dispatch import OutputDispatcher
 from pdserve.workers.engine.messages import EngineClient, SequenceOutput, SequenceSpec
 

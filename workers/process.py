@@ -10,6 +10,7 @@ import sys
 import uvloop
 
 from pdserve.core.worker_record import WorkerRecord
+from pdserve.workers.model_host import ModelHost
 from pdserve.workers.models.host_memory import retain_freed_memory
 from pdserve.workers.seams import Seams
 from pdserve.workers.spec import WorkerSpec
@@ -19,28 +20,36 @@ _PR_SET_PDEATHSIG = 1
 
 
 class WorkerHost:
-    """Owns one worker on the running event loop."""
+    """Loads one model and runs one worker on the running event loop."""
 
     def __init__(self, spec: WorkerSpec, seams: Seams | None = None) -> None:
+        self._spec = spec
+        self._seams = seams
+        self._worker: Worker | None = None
+
+    async def start(self) -> WorkerRecord:
+        """Load, listen, announce. Raises what went wrong, after undoing what was started."""
         logging.basicConfig(
-            level=logging.INFO, stream=sys.stderr, format=f"%(asctime)s {spec.worker} %(levelname)s %(message)s"
+            level=logging.INFO,
+            stream=sys.stderr,
+            format=f"%(asctime)s {self._spec.worker} %(levelname)s %(message)s",
         )
         retain_freed_memory()
-        self._worker = Worker(spec, seams=seams)
-
-    async def start(self) -> None:
-        """Load, listen, announce. Raises what went wrong, after undoing what was started."""
+        model = await asyncio.to_thread(ModelHost.load, self._spec)
+        worker = Worker(self._spec, model, seams=self._seams)
         try:
-            await self._worker.start()
+            await worker.start()
         except BaseException:
-            await self._worker.stop()
+            await worker.stop()
             raise
+        self._worker = worker
+        return worker.record()
 
     async def stop(self) -> None:
-        await self._worker.stop()
-
-    def record(self) -> WorkerRecord:
-        return self._worker.record()
+        """Leave the cluster and give everything back. Idempotent."""
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            await worker.stop()
 
 
 def run_worker(spec: WorkerSpec, seams: Seams | None = None) -> None:
@@ -55,7 +64,7 @@ async def _run(spec: WorkerSpec, seams: Seams | None) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
     host = WorkerHost(spec, seams)
-    await host.start()
-    print(json.dumps(host.record().to_dict()), flush=True)
+    record = await host.start()
+    print(json.dumps(record.to_dict()), flush=True)
     await ended.wait()
     await host.stop()

@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from pdserve.core.lifecycle import Lifecycle
-from pdserve.kvtransfer.handoff.producer import Filler
-from pdserve.kvtransfer.transports.base import Exporter, Importer
+from pdserve.kvtransfer.handoff.decode_attempt import Importers
+from pdserve.kvtransfer.handoff.filler import Filler
+from pdserve.kvtransfer.transports.base import Exporter
+from pdserve.workers.engine.messages import EngineClient
 from pdserve.workers.engine.runner import ModelRunner
 
 Observer = Callable[[Lifecycle, Mapping[str, object]], None]
@@ -20,7 +22,8 @@ class Seams:
     """Each field maps a part to what is used in its place; the defaults change nothing."""
 
     observer: Observer = ignore
+    engine: Callable[[EngineClient], EngineClient] = lambda engine: engine
     runner: Callable[[ModelRunner], ModelRunner] = lambda runner: runner
     filler: Callable[[Filler], Filler] = lambda filler: filler
-    importer: Callable[[Importer], Importer] = lambda importer: importer
+    importers: Callable[[Importers], Importers] = lambda importers: importers
     exporter: Callable[[Exporter], Exporter] = lambda exporter: exporter

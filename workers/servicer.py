@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SessionContext = grpc.aio.ServicerContext[worker_pb2.SessionRequest, worker_pb2.SessionResponse]
+SetRoleWeightContext = grpc.aio.ServicerContext[
+    worker_pb2.SetRoleWeightRequest, worker_pb2.SetRoleWeightResponse
+]
+
 
 class WorkerServicer(worker_pb2_grpc.WorkerServicer):
     """pdserve.v1.Worker."""
@@ -30,7 +35,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
     async def Session(
         self,
         request_iterator: AsyncIterator[worker_pb2.SessionRequest],
-        context: "grpc.aio.ServicerContext[worker_pb2.SessionRequest, worker_pb2.SessionResponse]",
+        context: SessionContext,
     ) -> AsyncIterator[worker_pb2.SessionResponse]:
         """One router's stream. When it ends, for whatever reason, its requests wait to be attached."""
         link = SessionLink(router=context.peer())
@@ -64,7 +69,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
     async def SetRoleWeight(
         self,
         request: worker_pb2.SetRoleWeightRequest,
-        context: "grpc.aio.ServicerContext[worker_pb2.SetRoleWeightRequest, worker_pb2.SetRoleWeightResponse]",
+        context: SetRoleWeightContext,
     ) -> worker_pb2.SetRoleWeightResponse:
         if not 0.0 <= request.role_weight <= 1.0:
             await context.abort(

@@ -1,10 +1,10 @@
 """One worker: the engine with its pool, both roles over it, and their gRPC faces. Built in one place.
 
-    gRPC Worker.Session ──► DecodeRole ──► DecodeHandoffs ──► (another worker's HandoffServicer)
-                                │                                        │
-    gRPC Handoff ──► HandoffServicer ──► EngineFiller                    │
-                                │             │                          ▼
-                                └── KvPool ◄──┴── engine thread     KvStorage ◄── transports
+gRPC Worker.Session ──► DecodeRole ──► DecodeHandoffs ──► (another worker's HandoffServicer)
+                            │                                        │
+gRPC Handoff ──► HandoffServicer ──► EngineFiller                    │
+                            │             │                          ▼
+                            └── KvPool ◄──┴── engine thread     KvStorage ◄── transports
 """
 
 import asyncio
@@ -16,13 +16,16 @@ import grpc
 
 from pdserve.core.channel_options import SERVER_OPTIONS
 from pdserve.core.clock import Clock, MonotonicClock
-from pdserve.core.errors import PdserveError, Unavailable, WorkerLost
-from pdserve.core.perfmodel import PerfModel
-from pdserve.core.types import Role, new_incarnation
+from pdserve.core.errors import PdserveError, WorkerLost
+from pdserve.core.perfmodel import PerfModel, TransferRecord
+from pdserve.core.types import Incarnation, Role, new_incarnation
 from pdserve.core.worker_record import WorkerLoad, WorkerRecord
 from pdserve.kvtransfer.handoff.consumer import DecodeHandoffs
 from pdserve.kvtransfer.handoff.producer import HandoffServicer
+from pdserve.kvtransfer.index.base import IndexUnavailable
 from pdserve.kvtransfer.pool.pool import KvPool
+from pdserve.kvtransfer.transports.base import TRANSPORT_LADDER
+from pdserve.kvtransfer.transports.ladder import ImporterCache, make_exporters
 from pdserve.proto import handoff_pb2_grpc, worker_pb2, worker_pb2_grpc
 from pdserve.workers import convert
 from pdserve.workers.announcements import Announcements
@@ -43,65 +46,85 @@ STOP_GRACE_S = 1.0
 
 
 class Worker:
-    """Everything of one worker. `start` once, `stop` once; an incarnation may change in between."""
+    """Everything of one worker. `start` once, `stop` once; its incarnation may change in between.
 
-    def __init__(self, spec: WorkerSpec, *, clock: Clock | None = None, seams: Seams | None = None) -> None:
+    Takes `model` over. Must be made on the event loop that serves it.
+    """
+
+    def __init__(
+        self, spec: WorkerSpec, model: ModelHost, *, clock: Clock | None = None, seams: Seams | None = None
+    ) -> None:
         self.spec = spec
         self.clock = clock or MonotonicClock()
-        self._seams = seams or Seams()
-        self._record: WorkerRecord | None = None
-        self._started: list[str] = []
-
-    @property
-    def incarnation(self) -> str:
-        return self.record().incarnation
-
-    def record(self) -> WorkerRecord:
-        """Who this worker is now. Raises Unavailable before it listens."""
-        if self._record is None:
-            raise Unavailable(f"worker {self.spec.worker} has not started yet")
-        return self._record
-
-    async def start(self) -> None:
-        """Load, listen, announce; returns when requests can be served."""
-        model = await asyncio.to_thread(ModelHost.load, self.spec)
         self.storage = model.storage
+        seams = seams or Seams()
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
-        port = self._server.add_insecure_port(f"{self.spec.host}:{self.spec.port}")
-        self._record = self._first_record(model, port)
+        port = self._server.add_insecure_port(f"{spec.host}:{spec.port}")
+        self._record = _first_record(spec, model, port)
         self._announcements = Announcements(
-            config=self.spec.index,
+            config=spec.index,
             record=self.record,
             load=self.load,
             snapshot=lambda: self.pool.names(),
             fence=self.fence,
-            fence_after_s=self.spec.session.reattach_s,
+            fence_after_s=spec.session.reattach_s,
             clock=self.clock,
         )
-        self._assemble(model)
+        self.pool = KvPool(
+            model.storage.layout,
+            spec.engine.pool_blocks,
+            model.storage.generations,
+            self._announcements.listener,
+            overbook=spec.engine.overbook,
+        )
+        self._perf = PerfModel()
+        self.engine = seams.engine(self._make_engine(model, seams))
+        self.dispatcher = OutputDispatcher(self.engine)
+        self.handoffs = self._make_handoffs(seams)
+        self.prefill = self._make_prefill(seams)
+        self.decode = DecodeRole(
+            record=self.record,
+            pool=self.pool,
+            dispatcher=self.dispatcher,
+            handoffs=self.handoffs,
+            engine_config=spec.engine,
+            session_config=spec.session,
+            clock=self.clock,
+            observer=seams.observer,
+        )
+        self._servicer = WorkerServicer(self)
+        worker_pb2_grpc.add_WorkerServicer_to_server(self._servicer, self._server)
+        handoff_pb2_grpc.add_HandoffServicer_to_server(self.prefill, self._server)
+
+    @property
+    def incarnation(self) -> Incarnation:
+        return self._record.incarnation
+
+    def record(self) -> WorkerRecord:
+        """Who this worker is now."""
+        return self._record
+
+    async def start(self) -> None:
+        """Listen and announce; returns when requests can be served."""
         await self.engine.start()
         self.dispatcher.start()
         await self.prefill.start()
         await self._server.start()
         await self._announcements.start()
-        log.info("ready as %s at %s", self.incarnation, self.record().endpoint)
+        log.info("ready as %s at %s", self.incarnation, self._record.endpoint)
 
     async def stop(self) -> None:
-        """Leave the cluster, end what runs, give all memory back. Safe after a start that failed half way."""
-        if self._record is None:
-            return
+        """Leave the cluster, end what runs, give all memory back."""
         await self._announcements.stop()
-        if self._assembled:
-            self.decode.fail_all(WorkerLost(f"worker {self.spec.worker} is stopping: try again"))
-            await self.decode.until_idle(STOP_GRACE_S)
-            self._servicer.close_sessions()
-            await self._server.stop(STOP_GRACE_S)
-            await self.handoffs.close()
-            await self.prefill.close()
-            await self.engine.stop()
-            await self.dispatcher.stop()
+        self.decode.fail_all(WorkerLost(f"worker {self.spec.worker} is stopping: try again"))
+        await self.decode.until_idle(STOP_GRACE_S)
+        self._servicer.close_sessions()
+        await self._server.stop(STOP_GRACE_S)
+        await self.handoffs.close()
+        await self.prefill.close()
+        await self.engine.stop()
+        await self.dispatcher.stop()
         self.storage.close()
-        self._record = None
         log.info("stopped")
 
     async def drain(self, grace_s: float) -> int:
@@ -109,8 +132,7 @@ class Worker:
 
         Returns how many requests failed, as retriable.
         """
-        self._record = dataclasses.replace(self.record(), draining=True)
-        self.prefill.draining = True
+        self._record = dataclasses.replace(self._record, draining=True)
         await self._announce()
         failed, _ = await asyncio.gather(self.decode.drain(grace_s), self.prefill.until_idle(grace_s))
         return failed
@@ -118,17 +140,21 @@ class Worker:
     async def set_role_weight(self, weight: float) -> None:
         """Spend another share of the token budget on prefill; what runs stays."""
         self.engine.set_role_weight(weight)
-        self._record = dataclasses.replace(self.record(), role_weight=weight)
+        self._record = dataclasses.replace(self._record, role_weight=weight)
         await self._announce()
+
+    def break_sessions(self) -> None:
+        """End every session, as a failing network would; routers come back and attach."""
+        self._servicer.close_sessions()
 
     async def fence(self, reason: str) -> None:
         """This incarnation counts no more: end its requests, be another one, announce the cache anew."""
-        old = self.record()
+        old = self._record
         self._record = dataclasses.replace(old, incarnation=new_incarnation())
         log.warning("incarnation %s is over, %s follows: %s", old.incarnation, self.incarnation, reason)
         self.decode.fail_all(WorkerLost(f"worker {self.spec.worker} was away: {reason}"))
-        self.prefill.renew(self._record.incarnation)
-        self.handoffs.renew(self._record.incarnation)
+        self.prefill.abort_all(reason)
+        self.handoffs.abort_all(reason)
         self._servicer.close_sessions()
         await self._announcements.renew()
 
@@ -170,6 +196,55 @@ class Worker:
             counters=self._counters(),
         )
 
+    def _make_engine(self, model: ModelHost, seams: Seams) -> ThreadEngineClient:
+        config = self.spec.engine
+        limits = EngineModel(
+            max_positions=model.decoder.config.max_position_embeddings,
+            eos_ids=model.tokenizer.eos_ids,
+            detokenizers=model.tokenizer.detokenizer,
+        )
+        runner = seams.runner(TorchRunner(model.decoder, model.storage.tensor))
+        engine = Engine(
+            config, limits, self.pool, runner, self.clock, self._perf, role_weight=self.spec.role_weight
+        )
+        return ThreadEngineClient(engine, threads=config.threads, name=f"engine-{self.spec.worker}")
+
+    def _make_handoffs(self, seams: Seams) -> DecodeHandoffs:
+        config = self.spec.handoff
+        allowed = TRANSPORT_LADDER if config.transport == "auto" else (config.transport,)
+        return DecodeHandoffs(
+            record=self.record,
+            pool=self.pool,
+            storage=self.storage,
+            importers=seams.importers(ImporterCache(self.storage, allowed)),
+            config=config,
+            progress=self._progress,
+            clock=self.clock,
+            observer=seams.observer,
+            transferred=self._transferred,
+        )
+
+    def _make_prefill(self, seams: Seams) -> HandoffServicer:
+        exporters = make_exporters(self.storage, TRANSPORT_LADDER, host=self.spec.host)
+        filler = EngineFiller(self.engine, self.dispatcher, self.spec.engine.chunk_tokens, self.clock)
+        return HandoffServicer(
+            record=self.record,
+            pool=self.pool,
+            storage=self.storage,
+            filler=seams.filler(filler),
+            exporters=[seams.exporter(exporter) for exporter in exporters],
+            config=self.spec.handoff,
+            progress=self._progress,
+            clock=self.clock,
+            observer=seams.observer,
+        )
+
+    def _progress(self) -> int:
+        return self.engine.stats().progress
+
+    def _transferred(self, num_bytes: int, seconds: float, transport: str) -> None:
+        self._perf.observe_transfer(TransferRecord(seconds, num_bytes, transport))
+
     def _integrity_error(self) -> str:
         try:
             self.pool.check_integrity()
@@ -181,7 +256,11 @@ class Worker:
         return ""
 
     def _counters(self) -> dict[str, int]:
-        sources = {"decode": self.decode.counters, "fetch": self.handoffs.counters, "serve": self.prefill.counters}
+        sources = {
+            "decode": self.decode.counters,
+            "fetch": self.handoffs.counters,
+            "serve": self.prefill.counters,
+        }
         counters = {f"{source}_{name}": n for source, found in sources.items() for name, n in found.items()}
         counters["engine_preemptions"] = self.engine.stats().preemptions
         return counters
@@ -194,3 +273,21 @@ class Worker:
             await self._announcements.announce()
         except IndexUnavailable as error:
             log.warning("the change is not announced yet: %s", error)  # the next heartbeat does it
+
+
+def _first_record(spec: WorkerSpec, model: ModelHost, port: int) -> WorkerRecord:
+    config = model.decoder.config
+    return WorkerRecord(
+        worker=spec.worker_id,
+        incarnation=new_incarnation(),
+        role=Role(spec.role),
+        model=spec.model,
+        schema=model.schema.hex(),
+        endpoint=f"{spec.host}:{port}",
+        pid=os.getpid(),
+        context_tokens=config.max_position_embeddings,
+        vocab_size=config.vocab_size,
+        dtype=spec.dtype,
+        pool_blocks=spec.engine.pool_blocks,
+        role_weight=spec.role_weight,
+    )

@@ -16,10 +16,11 @@ from pdserve.kvtransfer.handoff import events as ev
 from pdserve.kvtransfer.handoff import instructions as do
 from pdserve.kvtransfer.handoff.states import DecodeState as S
 from pdserve.kvtransfer.handoff.states import Outcome, ReleaseStatus
-from pdserve.kvtransfer.handoff.table import Row, Table
+from pdserve.kvtransfer.handoff.table import Row, Table, always
 
 Instructions = tuple[do.Instruction, ...]
 Maker = Callable[[Any, Any], Instructions]
+Guard = Callable[[Any, Any], bool]
 
 TERMINAL = frozenset({S.COMMITTED, S.RELEASED})
 
@@ -227,14 +228,24 @@ def send_abort(machine: DecodeHandoff, event: object) -> Instructions:
     return (do.SendAbort(reason),)
 
 
-def finish(outcome: Outcome) -> Maker:
-    """Tell the caller why; the event's own reason where it has one."""
+def finish(outcome: Outcome, text: str) -> Maker:
+    """Tell the caller why: the event's own reason, `text` where it has none."""
 
     def make(machine: DecodeHandoff, event: object) -> Instructions:
-        message = getattr(event, "reason", "") or f"{type(event).__name__} in {machine.state}"
-        return (do.Finish(outcome, message),)
+        reason = getattr(event, "reason", "") or text
+        return (do.Finish(outcome, f"{reason} (while {machine.state})"),)
 
     return make
+
+
+def finish_unexpected(machine: DecodeHandoff, event: object) -> Instructions:
+    said = f"P sent {event} when it was not its turn (while {machine.state})"
+    return (do.Finish(Outcome.PROTOCOL, said),)
+
+
+def finish_expired(machine: DecodeHandoff, event: ev.Released) -> Instructions:
+    said = f"P released the blocks as {event.status} before D had them (while {machine.state})"
+    return (do.Finish(Outcome.EXPIRED, said),)
 
 
 def finish_rejected(machine: DecodeHandoff, event: ev.Rejected) -> Instructions:
@@ -245,24 +256,24 @@ def _endings(state: S) -> tuple[Row, ...]:
     """How a live state is left early. Only FETCHING has transports to wait for."""
     hold = (quarantine,) if state is S.FETCHING else ()
 
-    def ending(event: type, outcome: Outcome, *, tell: bool, **rest: Any) -> Row:
+    def ending(event: type, end: Maker, *, tell: bool, guard: Guard = always) -> Row:
         said = (send_abort,) if tell else ()
-        return Row(state, event, S.ABORTED, (*hold, *said, finish(outcome)), **({"update": forget} | rest))
+        return Row(state, event, S.ABORTED, (*hold, *said, end), guard, forget)
 
     return (
-        ending(ev.Cancelled, Outcome.CANCELLED, tell=True),
-        ending(ev.DeadlinePassed, Outcome.DEADLINE, tell=True),
-        ending(ev.Violation, Outcome.PROTOCOL, tell=True),
-        ending(ev.StreamClosed, Outcome.LOST, tell=False),
-        ending(ev.PeerAborted, Outcome.FAILED, tell=False),
-        ending(ev.Released, Outcome.EXPIRED, tell=False, guard=is_not_ok),
+        ending(ev.Cancelled, finish(Outcome.CANCELLED, "cancelled"), tell=True),
+        ending(ev.DeadlinePassed, finish(Outcome.DEADLINE, "the deadline passed"), tell=True),
+        ending(ev.Violation, finish(Outcome.PROTOCOL, "P broke the protocol"), tell=True),
+        ending(ev.StreamClosed, finish(Outcome.LOST, "the stream closed"), tell=False),
+        ending(ev.PeerAborted, finish(Outcome.FAILED, "P gave up"), tell=False),
+        ending(ev.SourceFailed, finish(Outcome.LOST, "P could not serve a chunk"), tell=True),
+        ending(ev.Released, finish_expired, tell=False, guard=is_not_ok),
         # In a state without a row of its own above these, such a message is out of order.
-        ending(ev.Opened, Outcome.PROTOCOL, tell=True),
-        ending(ev.Rejected, Outcome.PROTOCOL, tell=True),
-        ending(ev.ChunkReady, Outcome.PROTOCOL, tell=True),
-        ending(ev.Filled, Outcome.PROTOCOL, tell=True),
-        ending(ev.Released, Outcome.PROTOCOL, tell=True),
-        ending(ev.SourceFailed, Outcome.LOST, tell=True),
+        ending(ev.Opened, finish_unexpected, tell=True),
+        ending(ev.Rejected, finish_unexpected, tell=True),
+        ending(ev.ChunkReady, finish_unexpected, tell=True),
+        ending(ev.Filled, finish_unexpected, tell=True),
+        ending(ev.Released, finish_unexpected, tell=True),
     )
 
 
@@ -270,12 +281,15 @@ def _ignored(state: S, *events: type) -> tuple[Row, ...]:
     return tuple(Row(state, event, state) for event in events)
 
 
+LOST_WAY = finish(Outcome.LOST, "no bytes come through")
+CORRUPTED = finish(Outcome.CORRUPT, "digests differ")
+
 OPEN_ROWS = (
     Row(S.OPEN, ev.Started, S.OPEN, (send_open,)),
     Row(S.OPEN, ev.Opened, S.OPEN, (connect,), is_new, note_opened),
     Row(S.OPEN, ev.Rejected, S.ABORTED, (finish_rejected,), is_new, forget),
     Row(S.OPEN, ev.Connected, S.OPEN, update=note_connected),
-    Row(S.OPEN, ev.ConnectFailed, S.ABORTED, (send_abort, finish(Outcome.LOST)), update=forget),
+    Row(S.OPEN, ev.ConnectFailed, S.ABORTED, (send_abort, LOST_WAY), update=forget),
     Row(S.OPEN, ev.ChunkReady, S.OPEN, (reserve,), is_first_chunk, note_chunk),
     Row(S.OPEN, ev.ChunkReady, S.OPEN, (), is_next_chunk, note_chunk),
     Row(S.OPEN, ev.Filled, S.OPEN, (), agrees, note_filled),
@@ -287,7 +301,7 @@ OPEN_ROWS = (
 
 RESERVED_ROWS = (
     Row(S.RESERVED, ev.Connected, S.RESERVED, update=note_connected),
-    Row(S.RESERVED, ev.ConnectFailed, S.ABORTED, (send_abort, finish(Outcome.LOST)), update=forget),
+    Row(S.RESERVED, ev.ConnectFailed, S.ABORTED, (send_abort, LOST_WAY), update=forget),
     Row(S.RESERVED, ev.ChunkReady, S.RESERVED, (), is_next_chunk, note_chunk),
     Row(S.RESERVED, ev.Filled, S.RESERVED, (), agrees, note_filled),
     Row(S.RESERVED, ev.Settle, S.FETCHING, (grant_backlog,), is_connected, note_backlog_granted),
@@ -302,7 +316,7 @@ FETCHING_ROWS = (
         S.FETCHING,
         ev.ChunkFailed,
         S.ABORTED,
-        (quarantine, send_abort, finish(Outcome.LOST)),
+        (quarantine, send_abort, LOST_WAY),
         is_writing,
         forget_failed,
     ),
@@ -311,7 +325,7 @@ FETCHING_ROWS = (
         S.FETCHING,
         ev.ChunkMismatched,
         S.ABORTED,
-        (quarantine, send_abort, finish(Outcome.CORRUPT)),
+        (quarantine, send_abort, CORRUPTED),
         is_checking,
         forget_mismatched,
     ),

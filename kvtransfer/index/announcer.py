@@ -1,13 +1,13 @@
 """Tells the index what one worker's pool holds."""
 
 import asyncio
-import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from pdserve.core.clock import Clock, MonotonicClock
+from pdserve.core.tasks import end_task
 from pdserve.core.types import BlockName, Incarnation, WorkerId
 from pdserve.kvtransfer.index.base import IndexUnavailable, LocationIndex, Update
 
@@ -103,10 +103,7 @@ class CacheAnnouncer:
     async def stop(self) -> None:
         """Announce no more. What the index has stays; `Membership.withdraw` removes it."""
         task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        await end_task(task)
 
     async def renew(self, incarnation: Incarnation) -> None:
         """Speak for a new incarnation of the worker, from the beginning."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from pdserve.core.clock import Clock, MonotonicClock
 from pdserve.core.errors import Unavailable
+from pdserve.core.tasks import end_task
 from pdserve.kvtransfer.index.base import IndexUnavailable
 from pdserve.kvtransfer.index.membership import Listing, Member, Membership
 
@@ -88,10 +89,7 @@ class MembershipView:
     async def stop(self) -> None:
         """Poll no more; the last members stay readable."""
         task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        await end_task(task)
 
     async def refresh(self) -> bool:
         """Poll once. False where the server gave no answer; everything is as it was then."""

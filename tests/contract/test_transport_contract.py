@@ -267,6 +267,26 @@ async def test_one_stale_block_among_good_ones_fails_the_whole_grant(pair: Pair)
     assert isinstance(landed, Landed), "a failed grant must not spoil the next one"
 
 
+async def test_a_source_block_reused_during_the_copy_fails_the_fetch(
+    transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with meet(transport, "inside", "float32", TIMEOUT_S) as pair:
+        assert isinstance(pair.source, Source)
+        pool = pair.source.pool
+        copying = pair.storage if transport == "shm" else pair.source.storage
+        method = "write_blocks" if transport == "shm" else "read_blocks_into"
+        copy = getattr(copying, method)
+
+        def copy_while_reused(*arguments: Any) -> None:
+            copy(*arguments)
+            pool.release(OwnerId("p"))
+
+        monkeypatch.setattr(copying, method, copy_while_reused)
+        fetched, _ = await pair.carry_out(pair.grant([1], [1]))
+        assert isinstance(fetched, Failed)
+        assert "generation" in fetched.reason
+
+
 @pytest.mark.parametrize(
     ("source", "destination"), [(SOURCE_BLOCKS, 0), (-1, 0), (0, DESTINATION_BLOCKS), (0, -1)]
 )

@@ -4,11 +4,12 @@ from collections.abc import Iterator
 
 import pytest
 from bare_cluster import BareCluster
+from references import references
+
 from pdserve.client import AsyncClient
 from pdserve.core.config import EngineConfig
 from pdserve.core.errors import WorkerLost
 from pdserve.core.types import Role
-from references import references
 
 TOKENS = 64
 

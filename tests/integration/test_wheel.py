@@ -41,7 +41,7 @@ def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clean")
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
-    run(python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", wheel)
+    run(python, "-m", "pip", "install", "-qq", "-c", ROOT / "constraints.txt", wheel)
     return folder / "bin"
 
 

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
-from handoff_pair import FAIR, FAULT, SQUEEZE, Bounds, Pair, Step, Violation, committed, ended
+from handoff_pair import FAIR, SQUEEZE, Bounds, Pair, Step, Violation, committed, ended
 
 SHIFT = 24
 
@@ -23,7 +24,8 @@ class Instance:
     capacity: tuple[int, ...] = (9, 9)
     symmetric: bool = False
     ample: bool = True
-    """Pools are so large that without faults every handoff must commit."""
+    """Nobody waits for what another waiting one holds: handoffs end without a downgrade, and without a fault
+    all of them commit."""
 
 
 @dataclass
@@ -109,7 +111,7 @@ class Explorer:
                 raise Violation(f"{self._instance.name}: {error}\n{self._way(at)}") from None
             at += 1
         ends = self._check_liveness()
-        self._check_fault_free()
+        self._check_fault_free(ends)
         nodes = self._pairs.nodes
         commits = sum(any(committed(nodes[n].pair) for n in self._order[end]) for end in ends)
         states = len(self._order)
@@ -137,7 +139,7 @@ class Explorer:
                     continue
                 self._steps += 1
                 target = self._visit((*state[:place], after, *state[place + 1 :]), at)
-                if kind != FAULT and target != at:
+                if target != at and (kind == FAIR or (kind == SQUEEZE and not self._instance.ample)):
                     sources.append(at)
                     targets.append(target)
 
@@ -152,7 +154,7 @@ class Explorer:
         return free
 
     def _check_liveness(self) -> list[int]:
-        """Every state reaches an end by fair steps and downgrades alone. Returns the ends."""
+        """Every state reaches an end by steps that happen if one waits. Returns the ends."""
         nodes = self._pairs.nodes
         done = {number for number, node in enumerate(nodes) if ended(node.pair)}
         ends = [at for at, state in enumerate(self._order) if done.issuperset(state)]
@@ -172,22 +174,23 @@ class Explorer:
             )
         return ends
 
-    def _check_fault_free(self) -> None:
-        """With room for all and no fault, every handoff commits."""
+    def _check_fault_free(self, ends: list[int]) -> None:
+        """Where nothing goes wrong and there is room, every handoff commits."""
         if not self._instance.ample:
             return
-        seen = {(start := self._pairs.number(self._instance.bounds.initial()))}
-        todo = [start]
+        onward: dict[int, list[int]] = {}
+        for source, target in zip(*self._calm, strict=True):
+            onward.setdefault(source, []).append(target)
+        seen, todo = {0}, [0]
         while todo:
-            number = todo.pop()
-            fair = [step for step in self._pairs.steps(number) if step[1] == FAIR and step[4] == 1 << 30]
-            pair = self._pairs.nodes[number].pair
-            if not fair and not (committed(pair) and ended(pair)):
-                raise Violation(f"{self._instance.name}: without any fault it ends in {pair}")
-            for step in fair:
-                if step[2] not in seen:
-                    seen.add(step[2])
-                    todo.append(step[2])
+            at = todo.pop()
+            fresh = [target for target in onward.get(at, ()) if target not in seen]
+            seen.update(fresh)
+            todo.extend(fresh)
+        nodes = self._pairs.nodes
+        for end in seen.intersection(ends):
+            if not all(committed(nodes[number].pair) for number in self._order[end]):
+                raise Violation(f"{self._instance.name}: no fault, and not served:\n{self._way(end)}")
 
     def _way(self, at: int) -> str:
         """The labels from the start to state `at`."""
@@ -195,7 +198,7 @@ class Explorer:
         while path[-1]:
             path.append(self._parents[path[-1]])
         path.reverse()
-        lines = [self._label(before, after) for before, after in zip(path, path[1:], strict=False)]
+        lines = [self._label(before, after) for before, after in pairwise(path)]
         return "  " + "\n  ".join(lines)
 
     def _label(self, before: int, after: int) -> str:
@@ -214,6 +217,3 @@ class Explorer:
 def explore(instance: Instance) -> Report:
     """Explore one instance; raises Violation."""
     return Explorer(instance).run()
-
-
-__all__ = ["FAIR", "FAULT", "SQUEEZE", "Bounds", "Instance", "Report", "Violation", "explore"]

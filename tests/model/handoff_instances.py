@@ -26,7 +26,6 @@ def small(**tables: object) -> dict[str, Instance]:
             places=((0, 1), (0, 1)),
             capacity=(1, 2),
             symmetric=True,
-            ample=False,
         ),
         "hold and wait": Instance(
             "two workers that hold blocks for each other",
@@ -43,15 +42,15 @@ def large() -> Mapping[str, Instance]:
     """Products of the raised bounds. Minutes."""
     return {
         "two chunks, two ranks": Instance(
-            "two chunks on two ranks, an early release", Bounds(chunks=2, ranks=2, reuse=(0, 1))
+            "two chunks on two ranks, the first of which D may hold already",
+            Bounds(chunks=2, ranks=2, reuse=(0, 1)),
         ),
-        "two chunks, one pool": Instance(
-            "two handoffs of two chunks on one pool that has room for one",
-            Bounds(chunks=2, reuse=(0, 1)),
+        "early release, one pool": Instance(
+            "two handoffs on one pool that has room for one, readers that ask for the release too early",
+            Bounds(stray_releases=1),
             places=((0, 1), (0, 1)),
-            capacity=(2, 2),
+            capacity=(1, 2),
             symmetric=True,
-            ample=False,
         ),
         "early release, hold and wait": Instance(
             "two workers that hold blocks for each other, readers that ask for the release too early",

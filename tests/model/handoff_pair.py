@@ -1,8 +1,8 @@
 """One handoff as a closed world: both machines, the stream between them, transports, engine and pool entries.
 
 The machines and tables are the real ones. Everything around them is as hostile as its contract allows: the
-stream closes at any step and may lose what is still in it, a copy may fail or land damaged, the engine may fail
-or stop short, and either side may give up or run out of time whenever it likes.
+stream closes at any step and may lose what is still in it, a copy may fail or land damaged, the engine may
+fail or stop short, and either side may give up or run out of time whenever it likes.
 
 A pair's state is a tuple, its steps are computed once. What a step needs from the pools is a condition on it,
 so pairs that share a pool are explored as a product (handoff_explorer.py).
@@ -48,6 +48,8 @@ class Pair(NamedTuple):
     open: bool
     """Whether the stream takes new messages."""
     connecting: bool
+    refused: bool
+    """The pool owes D a word when it has more room."""
     blocks: tuple[int, ...]
     """D's entry per chunk: a chunk is one block here."""
     content: tuple[int, ...]
@@ -97,7 +99,7 @@ class Bounds:
         copies = self.chunks * self.ranks
         nobody: frozenset[ev.Part] = frozenset()
         pair = Pair(
-            decode, None, (), (), True, False, (NOTHING,) * self.chunks, (EMPTY,) * copies,
+            decode, None, (), (), True, False, False, (NOTHING,) * self.chunks, (EMPTY,) * copies,
             nobody, nobody, False, 0, nobody, False, nobody, self.stray_releases,
         )  # fmt: skip
         (started,) = self._decode(pair, ev.Started())
@@ -149,10 +151,10 @@ class Bounds:
             done = pair._replace(connecting=False)
             yield from self._decode(done, ev.Connected())
             yield from self._decode(done, ev.ConnectFailed(), FAULT)
-        if pair.decode.wants_memory:
-            for step in self._decode(pair, ev.MemoryFreed()):
+        if pair.refused and pair.decode.wants_memory:
+            for step in self._decode(pair._replace(refused=False), ev.MemoryFreed()):
                 if step.decode_lacks is None:
-                    yield step
+                    yield step._replace(decode_needs=self.chunks)
         for part in pair.writers:
             gone = pair._replace(writers=pair.writers - {part})
             if pair.pinned:
@@ -217,7 +219,7 @@ class Bounds:
         yield Step(label, kind, _tidy(pair))
 
     def _reserve(self, pair: Pair, label: object, kind: int) -> Iterator[Step]:
-        for refused in self._decode(pair, ev.ReserveRefused(), kind):
+        for refused in self._decode(pair._replace(refused=True), ev.ReserveRefused(), kind):
             yield refused._replace(label=label, decode_lacks=self.chunks)
         for reused in self.reuse:
             taken = (PREFIX,) * reused + (RESERVED,) * (self.chunks - reused)
@@ -383,18 +385,18 @@ def _send(pair: Pair, inbox: str, message: object) -> Pair:
 def _tidy(pair: Pair) -> Pair:
     """One state for all that behave alike from here on.
 
-    A side that ended reads nothing and ends the stream. A side that gave up ignores its peer (a test of its own
-    says so), so its inbox does not matter, and its chunks are just a number of copies to wait for.
+    A side that ended reads nothing and ends the stream. A side that gave up ignores its peer (a test of its
+    own says so), so its inbox does not matter, and its chunks are just a number of copies to wait for.
     """
     changes: dict[str, object] = {}
     if pair.decode.state is DecodeState.ABORTED:
         pair = _renumber_decode(pair)
-        changes["to_decode"] = None
+        changes |= {"to_decode": None, "refused": False}
     if pair.prefill is not None and pair.prefill.state is PrefillState.ABORTED:
         pair = _renumber_prefill(pair, pair.prefill)
         changes["to_prefill"] = None
     if pair.decode.terminal:
-        changes |= {"to_decode": None, "connecting": False, "open": False}
+        changes |= {"to_decode": None, "connecting": False, "refused": False, "open": False}
     if pair.decode.state in (DecodeState.ABORTED, DecodeState.RELEASED):
         changes["content"] = (EMPTY,) * len(pair.content)
     if pair.prefill is None:

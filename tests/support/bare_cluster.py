@@ -16,8 +16,16 @@ from pathlib import Path
 from typing import IO, Any
 
 import grpc
+
 from pdserve.cluster.redis_server import start_redis
-from pdserve.core.config import EngineConfig, HandoffConfig, IndexConfig, RouterConfig, ServeConfig, SessionConfig
+from pdserve.core.config import (
+    EngineConfig,
+    HandoffConfig,
+    IndexConfig,
+    RouterConfig,
+    ServeConfig,
+    SessionConfig,
+)
 from pdserve.core.types import Role
 from pdserve.proto import inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 from pdserve.router.process import RouterSpec
@@ -89,7 +97,13 @@ class BareCluster:
         self.target = ""
 
     def start_worker(
-        self, name: str, role: Role, *, module: str = "pdserve.workers", arguments: Sequence[str] = (), **changes: Any
+        self,
+        name: str,
+        role: Role,
+        *,
+        module: str = "pdserve.workers",
+        arguments: Sequence[str] = (),
+        **changes: Any,
     ) -> Process:
         """Start a worker and do not wait for it. `changes` replace fields of its spec."""
         spec = WorkerSpec(
@@ -116,7 +130,9 @@ class BareCluster:
             index=self.index,
             router=RouterConfig(grpc_port=0),
         )
-        self.target = self._spawn("router", "pdserve.router", RouterSpec(config=config).to_dict(), ()).wait_ready()["grpc"]
+        self.target = self._spawn(
+            "router", "pdserve.router", RouterSpec(config=config).to_dict(), ()
+        ).wait_ready()["grpc"]
         return self.target
 
     def wait_ready(self, *names: str) -> None:
@@ -193,7 +209,11 @@ def _unsettled(report: worker_pb2.InspectResponse) -> str:
     busy = {
         name: getattr(blocks, name) for name in ("held", "reserved", "loading", "quarantined", "promised")
     }
-    busy |= {"handoffs": report.load.handoffs, "in_flight": report.load.in_flight, "running": report.load.running}
+    busy |= {
+        "handoffs": report.load.handoffs,
+        "in_flight": report.load.in_flight,
+        "running": report.load.running,
+    }
     left = {name: count for name, count in busy.items() if count}
     if blocks.free + blocks.cached != blocks.total and not left:
         return f"{blocks.free} free + {blocks.cached} cached of {blocks.total}"

@@ -1,4 +1,4 @@
-"""A worker process that dies at a named lifecycle event: `python -m fault_worker --config-json FILE --die EVENT:N`.
+"""A worker that dies at a named lifecycle event: `python -m fault_worker --config-json FILE --die EVENT:N`.
 
 The N-th occurrence counts, from 1. It dies by SIGKILL, inside the event: no clean-up of any kind runs.
 """

@@ -3,8 +3,9 @@
 import asyncio
 from collections.abc import Sequence
 
-from pdserve.client import AsyncClient, Result
 from references import Reference
+
+from pdserve.client import AsyncClient, Result
 
 IN_FLIGHT = 16
 

@@ -21,7 +21,6 @@ VERSION = 1
 TOKEN_BYTES = 16
 MAX_HANDOFF_BYTES = 512
 MAX_REASON_BYTES = 1024
-SOCKET_BUFFER_BYTES = 4 << 20
 
 _HELLO = struct.Struct("<4sH16s16s")
 _WELCOME = struct.Struct("<4sHB")
@@ -121,11 +120,13 @@ async def receive_exactly(sock: socket.socket, view: memoryview) -> None:
 
 
 def tune(sock: socket.socket, timeout_s: float) -> None:
-    """No delay for small records, large buffers, and an end for connections whose peer vanished."""
+    """No delay for small records, and an end for connections whose peer vanished.
+
+    Buffer sizes are left to the kernel: it tunes them up to megabytes, a fixed size is capped far lower on
+    most hosts.
+    """
     sock.setblocking(False)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_BYTES)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER_BYTES)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, int(timeout_s * 1000)))
 

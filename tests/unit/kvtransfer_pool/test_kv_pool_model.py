@@ -162,6 +162,16 @@ class PoolMachine(RuleBasedStateMachine):
                 if chain[index] not in self.names.values():
                     self.names[block] = chain[index]
 
+    @precondition(lambda self: any(not table for table in self.tables.values()))
+    @rule(chain=st.sampled_from(CHAINS), n=st.integers(1, 4))
+    def cache_chain(self, chain: list[BlockName], n: int) -> None:
+        """What a sequence does from its start to its end."""
+        owner = next(owner for owner in OWNERS if not self.tables[owner])
+        self.acquire_run(owner, chain[:n])
+        self.allocate(owner, n - len(self.tables[owner]))
+        self.name_all(owner, chain)
+        self.release(owner)
+
     @rule(owner=owner_ids, block=st.integers(0, TOTAL - 1), chain=st.sampled_from(CHAINS), depth=small)
     def name_any(self, owner: OwnerId, block: BlockId, chain: list[BlockName], depth: int) -> None:
         mine = block in self.tables[owner] and self.states[block] == "held"
@@ -172,15 +182,18 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(owner=owner_ids, chain=st.sampled_from(CHAINS), n=small)
     def acquire(self, owner: OwnerId, chain: list[BlockName], n: int) -> None:
+        self.acquire_run(owner, chain[:n])
+
+    def acquire_run(self, owner: OwnerId, chain: list[BlockName]) -> None:
         where = {name: block for block, name in self.names.items()}
         run: list[BlockId] = []
-        for name in chain[:n]:
+        for name in chain:
             if name not in where:
                 break
             run.append(where[name])
-        assert self.pool.match(chain[:n]) == len(run)
+        assert self.pool.match(chain) == len(run)
         legal = not set(run) & set(self.tables[owner])
-        found = self.expect(legal, lambda: self.pool.acquire_prefix(owner, chain[:n]))
+        found = self.expect(legal, lambda: self.pool.acquire_prefix(owner, chain))
         if legal:
             assert found == tuple(run)
             self.hold(owner, run)
@@ -287,6 +300,6 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 PoolMachine.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=100, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestPoolAgainstModel = PoolMachine.TestCase

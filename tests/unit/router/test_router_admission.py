@@ -60,6 +60,15 @@ def test_an_expired_request_is_never_admitted() -> None:
     admission.arrive(RequestId("b"), 5.0, 0.0)
     admission.arrive(RequestId("c"), None, 0.0)
     assert admission.leave(RequestId("a"), 6.0) == ids("c")
+    assert admission.leave(RequestId("b"), 6.0) == ()
+
+
+def test_an_expired_waiter_takes_nobodys_place() -> None:
+    admission = Admission(1, 1)
+    admission.arrive(RequestId("a"), None, 0.0)
+    admission.arrive(RequestId("b"), 5.0, 0.0)
+    assert admission.arrive(RequestId("c"), None, 6.0) is Admitted.QUEUED
+    assert admission.knows(RequestId("b"))
 
 
 def test_retry_after_follows_the_pace_of_endings() -> None:
@@ -116,7 +125,8 @@ class AdmissionMachine(RuleBasedStateMachine):
     def everybody_is_counted_once(self) -> None:
         self.admission.check_integrity()
         assert self.admission.in_flight == len(self.running)
-        assert self.admission.in_flight + self.admission.queued == len(self.known)
+        assert all(self.admission.knows(request) for request in self.known)
+        assert self.admission.in_flight + self.admission.queued <= len(self.known)
 
 
 TestAdmissionMachine = AdmissionMachine.TestCase

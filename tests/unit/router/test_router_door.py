@@ -8,8 +8,8 @@ from pdserve.core.text.chat_template import ChatMessage
 from pdserve.core.types import Role, SamplingParams
 from pdserve.router import validation
 from pdserve.router.pools import any_per_model, pool_of
+from pdserve.router.prompt import Chat, Prompt, TokenIds
 from pdserve.router.validation import Limits
-from pdserve.router.wire import Chat, Prompt, TokenIds
 
 LIMITS = Limits(context_tokens=100, vocab_size=512, decode_blocks=8, prefill_blocks=5)
 

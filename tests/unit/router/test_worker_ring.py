@@ -19,7 +19,8 @@ def test_owners_are_distinct_and_in_a_fixed_order() -> None:
 
 
 def test_keys_spread_over_all_workers() -> None:
-    shares = Counter(WorkerRing(WORKERS).owners(key, 1)[0] for key in KEYS)
+    ring = WorkerRing(WORKERS)
+    shares = Counter(ring.owners(key, 1)[0] for key in KEYS)
     assert set(shares) == set(WORKERS)
     assert max(shares.values()) <= 1.5 * len(KEYS) / len(WORKERS)
 

@@ -1,0 +1,34 @@
+"""gRPC channel and server options inside the cluster. A stopped peer is noticed within two seconds.
+
+A killed peer closes its streams at once; one that is stopped or unreachable does not, and keepalive alone is
+not enough: without ping_timeout_ms nothing is noticed. The server must permit such pings, or it kills idle
+connections for "too many pings".
+"""
+
+MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+"""A chain of 128k tokens and its digests fit many times over; bulk data never travels by gRPC."""
+
+_COMMON: tuple[tuple[str, int], ...] = (
+    ("grpc.keepalive_time_ms", 1000),
+    ("grpc.keepalive_timeout_ms", 500),
+    ("grpc.http2.ping_timeout_ms", 500),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+)
+
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    *_COMMON,
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    # Retrying is ours: grpc's own would hide attempts from the ledger.
+    ("grpc.enable_retries", 0),
+)
+
+SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
+    *_COMMON,
+    ("grpc.http2.min_ping_interval_without_data_ms", 500),
+    ("grpc.http2.max_ping_strikes", 0),
+)

@@ -1,0 +1,79 @@
+"""What D's engine side asks of a handoff, and what it gets."""
+
+from dataclasses import dataclass
+
+from pdserve.core.types import BlockName, Incarnation, OwnerId, RequestId, WorkerId, blocks_for, hit_limit
+from pdserve.kvtransfer.handoff.states import Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffPeer:
+    """One start of a prefill worker, and the host:port of its gRPC server."""
+
+    worker: WorkerId
+    incarnation: Incarnation
+    endpoint: str
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffAsk:
+    """The KV of a prompt's positions 0 to n-2, wanted in blocks of `owner`.
+
+    The promise for the whole request is taken already. `owner` is fresh for this attempt: what an earlier
+    attempt left in quarantine stays with the earlier one's owner.
+    """
+
+    request_id: RequestId
+    token_ids: tuple[int, ...]
+    """The whole prompt, n tokens; the last one does not travel."""
+    chain: tuple[BlockName, ...]
+    """Names of the prompt's full blocks."""
+    remaining_s: float | None
+    owner: OwnerId
+
+    @property
+    def positions(self) -> int:
+        """How many positions travel."""
+        return len(self.token_ids) - 1
+
+    @property
+    def names(self) -> tuple[BlockName, ...]:
+        """Names of the full blocks that travel."""
+        return self.chain[: hit_limit(len(self.token_ids))]
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the whole prompt, the private one of its last position included."""
+        return blocks_for(len(self.token_ids))
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The KV is in `owner`'s table, checked; the caller owns it now. Times are readings of D's clock."""
+
+    owner: OwnerId
+    num_computed: int
+    """Leading positions whose KV is there: n-1."""
+    transport: str
+    blocks_moved: int
+    bytes_moved: int
+    blocks_reused: int
+    """Leading blocks that D had already."""
+    prefill_queue_s: float
+    """Measured on P's clock, as is `prefill_s`."""
+    prefill_s: float
+    prefill_cached_tokens: int
+    filled_seen_at: float
+    committed_at: float
+    prefill_worker: WorkerId
+    prefill_incarnation: Incarnation
+    prefill_pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class NotServed:
+    """This candidate did not serve; nothing is left in the owner's table."""
+
+    reason: Outcome
+    message: str
+    retry_after_s: float | None = None

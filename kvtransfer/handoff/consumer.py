@@ -1,0 +1,174 @@
+"""D's side of handoffs: fetches a prompt's KV from a prefill worker into this worker's pool."""
+
+import asyncio
+import contextlib
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import grpc
+
+from pdserve.core.channel_options import CHANNEL_OPTIONS
+from pdserve.core.clock import Clock
+from pdserve.core.config import HandoffConfig
+from pdserve.core.errors import InternalError, InvalidRequest
+from pdserve.core.types import HandoffId
+from pdserve.core.worker_record import WorkerRecord
+from pdserve.kvtransfer.handoff.ask import Committed, HandoffAsk, HandoffPeer, NotServed
+from pdserve.kvtransfer.handoff.decode_attempt import DecodeAttempt, DecodeSite, Importers
+from pdserve.kvtransfer.handoff.events import Cancelled
+from pdserve.kvtransfer.handoff.reservations import Reservations
+from pdserve.kvtransfer.handoff.shell import Observer
+from pdserve.kvtransfer.pool.pool import KvPool
+from pdserve.kvtransfer.pool.storage import KvStorage
+from pdserve.kvtransfer.transports.base import TRANSPORT_LADDER
+
+__all__ = ["Committed", "DecodeHandoffs", "HandoffAsk", "HandoffPeer", "NotServed"]
+
+_IDLE_CHANNELS = 32
+"""Channels kept for endpoints that no handoff uses now."""
+
+
+class DecodeHandoffs:
+    """All handoffs of one decode worker. Runs on one event loop; owns its channels and its importers.
+
+    The caller promises blocks before `fetch`, and owns the table of `ask.owner` once it is committed.
+    """
+
+    def __init__(
+        self,
+        *,
+        record: Callable[[], WorkerRecord],
+        pool: KvPool,
+        storage: KvStorage,
+        importers: Importers,
+        config: HandoffConfig,
+        progress: Callable[[], int],
+        clock: Clock,
+        observer: Observer | None = None,
+        transferred: Callable[[int, float, str], object] | None = None,
+        relieve: Callable[[int], object] | None = None,
+    ) -> None:
+        """`progress` counts this worker's work. `transferred` is told (bytes, seconds, transport) of every
+        chunk that landed. `relieve(blocks)` is called at every heartbeat while a reservation has to wait: it
+        is HandoffServicer.relieve on a worker that also prefills.
+        """
+        self._site = DecodeSite(
+            record=record,
+            pool=pool,
+            storage=storage,
+            importers=importers,
+            transports=TRANSPORT_LADDER if config.transport == "auto" else (config.transport,),
+            config=config,
+            progress=progress,
+            clock=clock,
+            observer=observer,
+            transferred=transferred or (lambda num_bytes, seconds, transport: None),
+            reservations=Reservations(pool, relieve),
+        )
+        self._numbers = itertools.count(1)
+        self._attempts: dict[HandoffId, DecodeAttempt] = {}
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._users: Counter[str] = Counter()
+        self._drains: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Totals since start: handoffs_committed, one per Outcome, aborted_in_<state>, digest_mismatches,
+        reservations_refused, silent_peers, defects.
+        """
+        return dict(self._site.counters)
+
+    def in_flight(self) -> int:
+        """Handoffs that have not ended, those that only drain included."""
+        return len(self._attempts)
+
+    async def fetch(self, ask: HandoffAsk, peer: HandoffPeer) -> Committed | NotServed:
+        """Have `peer` prefill positions 0 to n-2 and fetch their KV.
+
+        Raises InvalidRequest for a prompt of fewer than two tokens. A cancel gives up: the table of
+        `ask.owner` is empty then, and what a transport may still write stays in quarantine until it is over.
+        """
+        if ask.positions < 1:
+            raise InvalidRequest(
+                f"a prompt of {len(ask.token_ids)} tokens has nothing to hand off; compute it at once"
+            )
+        if self._closed:
+            raise InternalError("these handoffs are closed; nothing can be fetched any more")
+        attempt = self._start(ask, peer)
+        try:
+            return await asyncio.shield(attempt.result)
+        except asyncio.CancelledError:
+            attempt.feed(Cancelled("the request was cancelled"))
+            # It may have committed in the moment of the cancel: nobody hears of it, nobody owns it.
+            self._site.pool.release(ask.owner)
+            raise
+
+    def abort_all(self, reason: str) -> None:
+        """Give every handoff up, and say so to the prefill workers."""
+        for attempt in tuple(self._attempts.values()):
+            attempt.feed(Cancelled(reason))
+
+    async def until_idle(self, grace_s: float) -> None:
+        """Wait until no handoff is left, or `grace_s` seconds have passed."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                while self._drains:
+                    await asyncio.wait(self._drains)
+
+    async def close(self) -> None:
+        """Give up all handoffs, and wait until no transport can write. Idempotent."""
+        self._closed = True
+        self.abort_all("this worker is stopping")
+        while self._drains:
+            await asyncio.wait(self._drains)
+        channels, self._channels = list(self._channels.values()), {}
+        await asyncio.gather(*(channel.close() for channel in channels))
+        await self._site.importers.close()
+
+    def check_integrity(self) -> None:
+        """Raise InternalError where the pool keeps blocks for handoffs that do not exist, or the reverse."""
+        self._site.pool.check_integrity()
+        counts = self._site.pool.counts()
+        if not self._attempts and (counts.reserved or counts.loading or counts.quarantined):
+            raise InternalError(f"no handoff is in flight, but the pool says {counts}")
+
+    def _start(self, ask: HandoffAsk, peer: HandoffPeer) -> DecodeAttempt:
+        number = next(self._numbers)
+        handoff = HandoffId(f"{self._site.record().incarnation}-{number}")
+        attempt = self._attempts[handoff] = DecodeAttempt(self._site, handoff, ask, peer)
+        task = asyncio.create_task(self._live(attempt, peer.endpoint), name=f"handoff-{handoff}")
+        self._drains.add(task)
+        task.add_done_callback(self._drains.discard)
+        return attempt
+
+    async def _live(self, attempt: DecodeAttempt, endpoint: str) -> None:
+        """From the first message to the end of the last copy."""
+        with self._channel(endpoint) as channel:
+            try:
+                attempt.start(channel)
+                await attempt.finished()
+            finally:
+                del self._attempts[attempt.handoff]
+
+    @contextlib.contextmanager
+    def _channel(self, endpoint: str) -> Iterator[grpc.aio.Channel]:
+        channel = self._channels.pop(endpoint, None)
+        if channel is None:
+            channel = grpc.aio.insecure_channel(endpoint, options=CHANNEL_OPTIONS)
+        self._channels[endpoint] = channel  # last: the most recently used
+        self._users[endpoint] += 1
+        try:
+            yield channel
+        finally:
+            self._users[endpoint] -= 1
+            self._close_surplus()
+
+    def _close_surplus(self) -> None:
+        idle = [endpoint for endpoint in self._channels if not self._users[endpoint]]
+        for endpoint in idle[: max(0, len(idle) - _IDLE_CHANNELS)]:
+            channel = self._channels.pop(endpoint)
+            task = asyncio.create_task(channel.close())
+            self._drains.add(task)
+            task.add_done_callback(self._drains.discard)

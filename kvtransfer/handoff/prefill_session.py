@@ -1,0 +1,347 @@
+"""P's shell: carries out one handoff's instructions until nobody touches its blocks, with or without D."""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from pdserve.core.clock import Clock
+from pdserve.core.config import HandoffConfig
+from pdserve.core.errors import from_foreign
+from pdserve.core.lifecycle import Lifecycle
+from pdserve.core.types import BLOCK_TOKENS, OwnerId, blocks_for
+from pdserve.core.worker_record import WorkerRecord
+from pdserve.kvtransfer.digest import digest_block
+from pdserve.kvtransfer.handoff import events as ev
+from pdserve.kvtransfer.handoff import instructions as do
+from pdserve.kvtransfer.handoff import wire
+from pdserve.kvtransfer.handoff.export_queue import ExportQueue
+from pdserve.kvtransfer.handoff.filler import Filler, FillEstimate, FillProgress
+from pdserve.kvtransfer.handoff.prefill_side import PREFILL_TABLE, PrefillHandoff
+from pdserve.kvtransfer.handoff.shell import Observer, Shell
+from pdserve.kvtransfer.handoff.states import Outcome, PrefillState
+from pdserve.kvtransfer.pool.pool import KvPool
+from pdserve.kvtransfer.pool.storage import KvStorage
+from pdserve.kvtransfer.transports.base import Exporter, Failed, Grant, SourceDone
+from pdserve.proto import handoff_pb2 as pb
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class PrefillSite:
+    """What all handoffs of one prefill worker share."""
+
+    record: Callable[[], WorkerRecord]
+    """Who this worker is now: its incarnation changes when it is fenced."""
+    pool: KvPool
+    storage: KvStorage
+    filler: Filler
+    exporters: dict[str, Exporter]
+    """By transport, best rung first."""
+    config: HandoffConfig
+    progress: Callable[[], int]
+    """A counter that moves while the engine gets on, also when it has nothing to do."""
+    clock: Clock
+    observer: Observer | None
+    queue: ExportQueue
+    counters: Counter[str] = field(default_factory=Counter)
+
+
+class PrefillSession(Shell[PrefillHandoff, pb.PrefillMessage]):
+    """One handoff at P, from Open to the last pin."""
+
+    def __init__(self, site: PrefillSite, asked: wire.OpenRequest) -> None:
+        super().__init__(
+            PREFILL_TABLE,
+            PrefillHandoff(),
+            handoff=asked.handoff,
+            request=asked.request,
+            config=site.config,
+            clock=site.clock,
+            observer=site.observer,
+            counters=site.counters,
+        )
+        self._site = site
+        self._asked = asked
+        self._tokens = len(asked.token_ids)
+        self._blocks = blocks_for(self._tokens)
+        self.owner = OwnerId(f"export/{asked.handoff}")
+        self._accepted_at = self.clock.now()
+        self._filled_at: float | None = None
+        self._chunks: list[wire.Chunk] = []
+        self._grants: dict[int, tuple[Grant, Exporter]] = {}
+        self._progress = FillProgress(0)
+        self._upcoming: asyncio.Task[FillProgress | None] | None = None
+        self._stopping = False
+        self._refusal = Outcome.REJECTED
+
+    def start(self, refusal: tuple[Outcome, str] | None) -> None:
+        """Answer Open: no, because of `refusal`, or yes and wait for a share of the pool."""
+        if refusal is not None:
+            self._refusal = refusal[0]
+            self.counters["rejected"] += 1
+            self.feed(ev.Refused(refusal[1]))
+            return
+        self._start_timers(self._asked.remaining_s)
+        self.counters["accepted"] += 1
+        self.feed(ev.Accepted())
+        self._observe(Lifecycle.PREFILL_QUEUED)
+        self._site.queue.enter(self.handoff, self._blocks, lambda: self.feed(ev.Admitted()))
+
+    def is_late(self, bound_s: float) -> bool:
+        """Everything was computed `bound_s` seconds ago, and the reader has not asked for any of it."""
+        machine = self.machine
+        unread = machine.state is PrefillState.FILLED and machine.closing is None and not self._grants
+        return unread and self._filled_at is not None and self.clock.now() - self._filled_at >= bound_s
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of P's pool that it takes."""
+        return self._blocks
+
+    # The stream
+
+    def receive(self, message: pb.DecodeMessage) -> None:
+        """One message of D as one event."""
+        self.watch.heard(self.clock.now())
+        match message.WhichOneof("message"):
+            case "grant":
+                self.feed(self._hear_grant(message.grant))
+            case "release":
+                self.feed(ev.ReleaseAsked())
+            case "abort":
+                self.feed(ev.PeerAborted(message.abort.reason))
+            case "heartbeat":
+                self.watch.progressed(message.heartbeat.progress, self.clock.now())
+            case other:
+                self.feed(ev.Violation(f"D sent {other or 'a message without content'} in a running handoff"))
+
+    def _hear_grant(self, message: pb.HandoffGrant) -> object:
+        grant = wire.unpack_grant(message, self.handoff)
+        exporter = self._site.exporters.get(message.transport)
+        if exporter is None or message.transport not in self._asked.transports:
+            return ev.Violation(f"transport {message.transport!r} was not offered")
+        if grant.seq < len(self._chunks):
+            chunk = self._chunks[grant.seq]
+            exposed = set(zip(chunk.blocks, chunk.generations, strict=True))
+            if any((segment.source, segment.generation) not in exposed for segment in grant.segments):
+                return ev.Violation(f"grant {grant.seq} names blocks that chunk {grant.seq} does not expose")
+            self._grants[grant.seq] = (grant, exporter)
+        return ev.GrantAsked(grant.seq)
+
+    def _heartbeat(self) -> pb.PrefillMessage:
+        # Only a fill is the engine's work; otherwise it is enough that this loop runs.
+        working = self.machine.state is PrefillState.FILLING
+        return wire.pack_prefill_heartbeat(self._site.progress() if working else self.beats)
+
+    def _peer_works(self) -> bool:
+        return False
+
+    def _on_beat(self) -> None:
+        """A reader that is late loses its blocks to handoffs that wait for their share."""
+        if len(self._site.queue) and self.is_late(self.config.silence_s):
+            self.downgrade()
+
+    def downgrade(self) -> None:
+        """Keep what was computed as plain cache; the reader is told."""
+        self.counters["downgraded"] += 1
+        self.feed(ev.MemoryPressure())
+
+    # Instructions
+
+    def _carry_out(self, instruction: do.Instruction) -> None:
+        match instruction:
+            case do.SendOpened():
+                self._send(wire.pack_opened(self._opened_reply()))
+            case do.SendRejected(reason):
+                self._send(wire.pack_rejected(self._refusal, reason, None))
+            case do.StartFill():
+                self._spawn(self._fill())
+            case do.CancelFill():
+                self._stopping = True
+                if self._upcoming is not None:
+                    self._upcoming.cancel()
+            case do.SendChunk(seq):
+                chunk = self._chunks[seq]
+                self._observe(Lifecycle.CHUNK_READY, seq=seq, blocks=chunk.blocks)
+                self._send(wire.pack_chunk(chunk))
+            case do.SendFilled(chunks):
+                self._send(wire.pack_filled(self._filled_reply(chunks)))
+            case do.Serve(seq, rank):
+                grant, exporter = self._grants[seq]
+                self._spawn(exporter.serve(grant), lambda done: self._served(done, seq, rank))
+            case do.SendSourceFailed(seq, reason):
+                epoch = self._grants[seq][0].epoch if seq in self._grants else 0
+                self._send(wire.pack_source_failed(epoch, seq, reason))
+            case do.SendReleased(status):
+                self.counters[f"released_{status.value}"] += 1
+                self._send(wire.pack_released(status))
+            case do.SendAbort(reason):
+                self._send(wire.pack_prefill_abort(reason))
+            case do.Unpin():
+                self._unpin()
+                self.feed(ev.Unpinned())
+            case _:
+                raise ValueError(f"no instruction of P's: {instruction}")
+
+    def _opened_reply(self) -> wire.OpenedReply:
+        site, record = self._site, self._site.record()
+        cached = site.pool.match(self._asked.chain)
+        estimate = self._estimate(cached)
+        offers = [exporter.offer() for exporter in site.exporters.values()]
+        return wire.OpenedReply(
+            estimate_s=estimate.seconds,
+            queue_position=estimate.queue_position + len(site.queue),
+            offers=wire.offers_among(offers, self._asked.transports),
+            worker=record.worker,
+            incarnation=record.incarnation,
+            pid=record.pid,
+            cached_blocks=cached,
+        )
+
+    def _estimate(self, cached_blocks: int) -> FillEstimate:
+        cached_tokens = cached_blocks * BLOCK_TOKENS
+        return self._site.filler.estimate(self._tokens - cached_tokens, cached_tokens)
+
+    def _filled_reply(self, chunks: int) -> wire.FilledReply:
+        started, ended = self._progress.started_at, self._progress.ended_at
+        now = self.clock.now()
+        ended = now if ended is None else ended
+        started = ended if started is None else started
+        return wire.FilledReply(
+            chunks=chunks,
+            tokens=self._progress.num_computed,
+            prefill_queue_s=max(0.0, started - self._accepted_at),
+            prefill_s=max(0.0, ended - started),
+            cached_tokens=self._progress.cached_tokens,
+        )
+
+    # The fill
+
+    async def _fill(self) -> None:
+        """Run the engine to the end, to a stop or to an error; then say that it writes no more."""
+        progress = self._site.filler.fill(self.owner, self._asked.token_ids, self._asked.chain)
+        event: object = ev.PartStopped(0, 0)
+        try:
+            while (step := await self._next(progress)) is not None:
+                await self._advance(step)
+            if not self._stopping:
+                event = self._fill_ended()
+        except Exception as error:
+            event = ev.PartFailed(0, 0, f"the prefill failed: {from_foreign(error)}")
+        try:
+            await _close(progress)
+        except Exception as error:
+            _log.exception("handoff %s: the engine did not let go in order", self.handoff)
+            event = ev.PartFailed(0, 0, f"the prefill did not end in order: {from_foreign(error)}")
+        self.feed(event)
+
+    async def _next(self, progress: AsyncIterator[FillProgress]) -> FillProgress | None:
+        """The fill's next step; None at its end and when it was told to stop."""
+        if self._stopping:
+            return None
+        upcoming = self._upcoming = asyncio.ensure_future(_step(progress))
+        await asyncio.wait({upcoming})
+        return None if upcoming.cancelled() else upcoming.result()
+
+    async def _advance(self, step: FillProgress) -> None:
+        """Expose what this step made final: full blocks, at the end also the last partial one."""
+        if step.started_at is not None and self._progress.started_at is None:
+            self._observe(Lifecycle.PREFILL_STARTED, queued_at=step.queued_at, started_at=step.started_at)
+        self._progress = step
+        first = self._chunks[-1].end if self._chunks else 0
+        whole = step.num_computed == self._tokens
+        end = self._blocks if whole else step.num_computed // BLOCK_TOKENS
+        if end <= first:
+            return
+        blocks = self._site.pool.table(self.owner)[first:end]
+        if len(blocks) != end - first:
+            raise ValueError(f"the engine computed {end} blocks and {self.owner} has {first + len(blocks)}")
+        chunk = wire.Chunk(
+            seq=len(self._chunks),
+            first=first,
+            blocks=blocks,
+            generations=tuple(self._site.pool.generation(block) for block in blocks),
+            last_valid_tokens=min(BLOCK_TOKENS, self._tokens - BLOCK_TOKENS * (end - 1)),
+            digests=None,
+        )
+        self._chunks.append(await asyncio.to_thread(self._digested, chunk))
+        self.feed(ev.ChunkComputed())
+
+    def _digested(self, chunk: wire.Chunk) -> wire.Chunk:
+        """In a thread: the chunk with its digests, if D wants them."""
+        if not self._asked.digest:
+            return chunk
+        storage, last = self._site.storage, len(chunk.blocks) - 1
+        digests = [
+            digest_block(
+                storage.read_blocks([block])[0],
+                storage.layout,
+                chunk.last_valid_tokens if at == last else BLOCK_TOKENS,
+            )
+            for at, block in enumerate(chunk.blocks)
+        ]
+        return wire.with_digests(chunk, b"".join(digests))
+
+    def _fill_ended(self) -> object:
+        if self._progress.num_computed != self._tokens:
+            computed = self._progress.num_computed
+            return ev.PartFailed(0, 0, f"the engine ended after {computed} of {self._tokens} positions")
+        self._filled_at = self.clock.now()
+        self._observe(Lifecycle.PREFILL_ENDED)
+        return ev.PartFilled(0, 0)
+
+    # Endings
+
+    def _served(self, task: "asyncio.Task[SourceDone | Failed]", seq: int, rank: int) -> None:
+        """The transport reported: it has read the chunk for the last time."""
+        if task.cancelled():
+            self.feed(ev.ServeFailed(seq, rank, "the serve was called off"))
+        elif (error := task.exception()) is not None:
+            self.feed(ev.ServeFailed(seq, rank, f"the transport raised {error!r}"))
+        elif isinstance(report := task.result(), Failed):
+            self.feed(ev.ServeFailed(seq, rank, report.reason))
+        else:
+            self.feed(ev.ServeDone(seq, rank))
+
+    def _gave_up(self, state: str) -> None:
+        # Serves that wait for their reader end now, so that the drain does.
+        self._forget()
+
+    def _unpin(self) -> None:
+        self._forget()
+        self._site.pool.release(self.owner)
+        self._site.queue.leave(self.handoff)
+
+    def _forget(self) -> None:
+        for exporter in self._site.exporters.values():
+            exporter.forget(self.handoff)
+
+    def _defect(self, error: Exception) -> None:
+        _log.error(
+            "handoff %s of request %s is broken, its story: %s",
+            self.handoff,
+            self.request,
+            self.story,
+            exc_info=error,
+        )
+        self.counters["defects"] += 1
+        if self.machine.state in (PrefillState.ABORTED, PrefillState.DRAINED):
+            # Whoever may still touch the blocks keeps them: losing them is better than sharing them.
+            self._break()
+        elif not self.machine.terminal:
+            self.feed(ev.Cancelled("a defect of P"))
+
+
+async def _step(progress: AsyncIterator[FillProgress]) -> FillProgress | None:
+    return await anext(progress, None)
+
+
+async def _close(progress: AsyncIterator[FillProgress]) -> None:
+    """Return when the engine does not touch the owner's table any more."""
+    close: Any = getattr(progress, "aclose", None)
+    if close is not None:
+        await close()

@@ -1,0 +1,277 @@
+"""Between handoff messages and core values: the only file that knows both."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from pdserve.core.types import BlockId, BlockName, HandoffId, Incarnation, RequestId, WorkerId
+from pdserve.kvtransfer.handoff.states import Outcome, ReleaseStatus
+from pdserve.kvtransfer.names import pack_chain, pack_tokens, unpack_chain, unpack_tokens
+from pdserve.kvtransfer.pool.layout import KvLayout
+from pdserve.kvtransfer.transports.base import Grant, Offer, Segment
+from pdserve.proto import handoff_pb2 as pb
+
+_SCHEMA_PREFIX = "schema: "
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRequest:
+    """What D asks of P."""
+
+    handoff: HandoffId
+    request: RequestId
+    schema: bytes
+    layout: KvLayout
+    token_ids: tuple[int, ...]
+    chain: tuple[BlockName, ...]
+    remaining_s: float | None
+    transports: tuple[str, ...]
+    digest: bool
+    decode_worker: WorkerId
+    decode_incarnation: Incarnation
+    prefill_incarnation: Incarnation
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Blocks `first` to `first + len(blocks)` of a prompt, as P exposes them. No digests: None."""
+
+    seq: int
+    first: int
+    blocks: tuple[BlockId, ...]
+    generations: tuple[int, ...]
+    last_valid_tokens: int
+    digests: bytes | None
+
+    @property
+    def end(self) -> int:
+        """Index of the block behind the last one."""
+        return self.first + len(self.blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedReply:
+    """P's answer to Open. Times in seconds."""
+
+    estimate_s: float
+    queue_position: int
+    offers: tuple[Offer, ...]
+    worker: WorkerId
+    incarnation: Incarnation
+    pid: int
+    cached_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class FilledReply:
+    """P's account of a prefill; seconds on P's clock."""
+
+    chunks: int
+    tokens: int
+    prefill_queue_s: float
+    prefill_s: float
+    cached_tokens: int
+
+
+# D to P
+
+
+def pack_open(request: OpenRequest) -> pb.DecodeMessage:
+    layout = request.layout
+    return pb.DecodeMessage(
+        open=pb.HandoffOpen(
+            handoff_id=request.handoff,
+            request_id=request.request,
+            schema=request.schema,
+            representation=pb.Representation(
+                dtype=layout.dtype,
+                tp=1,
+                num_layers=layout.num_layers,
+                num_kv_heads=layout.num_kv_heads,
+                head_dim=layout.head_dim,
+                block_tokens=layout.block_tokens,
+            ),
+            token_ids=pack_tokens(request.token_ids),
+            chain=pack_chain(request.chain),
+            remaining_s=request.remaining_s,
+            transports=request.transports,
+            digest=request.digest,
+            decode_worker=request.decode_worker,
+            decode_incarnation=request.decode_incarnation,
+            prefill_incarnation=request.prefill_incarnation,
+        )
+    )
+
+
+def unpack_open(message: pb.HandoffOpen) -> OpenRequest:
+    """Raises ValueError or ConfigError for what no D of this protocol sends."""
+    kept = message.representation
+    if kept.tp != 1:
+        raise ValueError(f"tensor parallel size {kept.tp} was asked for; this worker serves 1")
+    if len(message.token_ids) % 4:
+        raise ValueError(f"token ids take 4 bytes each, got {len(message.token_ids)} bytes")
+    return OpenRequest(
+        handoff=HandoffId(message.handoff_id),
+        request=RequestId(message.request_id),
+        schema=message.schema,
+        layout=KvLayout(
+            kept.num_layers, kept.num_kv_heads, kept.head_dim, kept.dtype, block_tokens=kept.block_tokens
+        ),
+        token_ids=unpack_tokens(message.token_ids),
+        chain=unpack_chain(message.chain),
+        remaining_s=message.remaining_s if message.HasField("remaining_s") else None,
+        transports=tuple(message.transports),
+        digest=message.digest,
+        decode_worker=WorkerId(message.decode_worker),
+        decode_incarnation=Incarnation(message.decode_incarnation),
+        prefill_incarnation=Incarnation(message.prefill_incarnation),
+    )
+
+
+def pack_grant(grant: Grant, transport: str) -> pb.DecodeMessage:
+    segments = [pb.BlockSegment(**segment._asdict()) for segment in grant.segments]
+    packed = pb.HandoffGrant(epoch=grant.epoch, seq=grant.seq, transport=transport, segments=segments)
+    return pb.DecodeMessage(grant=packed)
+
+
+def unpack_grant(message: pb.HandoffGrant, handoff: HandoffId) -> Grant:
+    segments = tuple(
+        Segment(BlockId(s.source), s.generation, BlockId(s.destination), s.valid_tokens)
+        for s in message.segments
+    )
+    return Grant(handoff, message.epoch, message.seq, segments)
+
+
+def pack_release() -> pb.DecodeMessage:
+    return pb.DecodeMessage(release=pb.HandoffRelease())
+
+
+def pack_decode_abort(reason: str) -> pb.DecodeMessage:
+    return pb.DecodeMessage(abort=pb.HandoffAbort(reason=reason))
+
+
+def pack_decode_heartbeat(progress: int) -> pb.DecodeMessage:
+    return pb.DecodeMessage(heartbeat=pb.HandoffHeartbeat(progress=progress))
+
+
+# P to D
+
+
+def pack_opened(reply: OpenedReply) -> pb.PrefillMessage:
+    return pb.PrefillMessage(
+        opened=pb.HandoffOpened(
+            estimate_s=reply.estimate_s,
+            queue_position=reply.queue_position,
+            offers=[pb.TransportOffer(transport=o.transport, parameters=o.parameters) for o in reply.offers],
+            prefill_worker=reply.worker,
+            prefill_incarnation=reply.incarnation,
+            prefill_pid=reply.pid,
+            cached_blocks=reply.cached_blocks,
+        )
+    )
+
+
+def unpack_opened(message: pb.HandoffOpened) -> OpenedReply:
+    return OpenedReply(
+        estimate_s=message.estimate_s,
+        queue_position=message.queue_position,
+        offers=tuple(Offer(o.transport, dict(o.parameters)) for o in message.offers),
+        worker=WorkerId(message.prefill_worker),
+        incarnation=Incarnation(message.prefill_incarnation),
+        pid=message.prefill_pid,
+        cached_blocks=message.cached_blocks,
+    )
+
+
+def pack_rejected(outcome: Outcome, reason: str, retry_after_s: float | None) -> pb.PrefillMessage:
+    """`outcome` SCHEMA tells D that this pair can never work; any other says REJECTED."""
+    said = _SCHEMA_PREFIX + reason if outcome is Outcome.SCHEMA else reason
+    return pb.PrefillMessage(rejected=pb.HandoffRejected(reason=said, retry_after_s=retry_after_s))
+
+
+def unpack_rejected(message: pb.HandoffRejected) -> tuple[Outcome, str, float | None]:
+    retry_after_s = message.retry_after_s if message.HasField("retry_after_s") else None
+    if message.reason.startswith(_SCHEMA_PREFIX):
+        return Outcome.SCHEMA, message.reason.removeprefix(_SCHEMA_PREFIX), retry_after_s
+    return Outcome.REJECTED, message.reason, retry_after_s
+
+
+def pack_chunk(chunk: Chunk) -> pb.PrefillMessage:
+    return pb.PrefillMessage(
+        chunk=pb.HandoffChunk(
+            seq=chunk.seq,
+            first_block=chunk.first,
+            blocks=chunk.blocks,
+            generations=chunk.generations,
+            last_valid_tokens=chunk.last_valid_tokens,
+            digests=chunk.digests or b"",
+        )
+    )
+
+
+def unpack_chunk(message: pb.HandoffChunk, digest_bytes: int | None) -> Chunk:
+    """`digest_bytes` per block, None where none were asked for. Raises ValueError where it is not whole."""
+    blocks = tuple(BlockId(block) for block in message.blocks)
+    if not blocks or len(message.generations) != len(blocks):
+        raise ValueError(f"a chunk has {len(blocks)} blocks and {len(message.generations)} generations")
+    if digest_bytes is not None and len(message.digests) != digest_bytes * len(blocks):
+        raise ValueError(
+            f"a chunk of {len(blocks)} blocks has {len(message.digests)} bytes of digests, "
+            f"expected {digest_bytes} per block"
+        )
+    return Chunk(
+        seq=message.seq,
+        first=message.first_block,
+        blocks=blocks,
+        generations=tuple(message.generations),
+        last_valid_tokens=message.last_valid_tokens,
+        digests=None if digest_bytes is None else message.digests,
+    )
+
+
+def pack_filled(reply: FilledReply) -> pb.PrefillMessage:
+    return pb.PrefillMessage(
+        filled=pb.HandoffFilled(
+            chunks=reply.chunks,
+            tokens=reply.tokens,
+            prefill_queue_s=reply.prefill_queue_s,
+            prefill_s=reply.prefill_s,
+            cached_tokens=reply.cached_tokens,
+        )
+    )
+
+
+def unpack_filled(message: pb.HandoffFilled) -> FilledReply:
+    return FilledReply(
+        message.chunks, message.tokens, message.prefill_queue_s, message.prefill_s, message.cached_tokens
+    )
+
+
+def pack_released(status: ReleaseStatus) -> pb.PrefillMessage:
+    return pb.PrefillMessage(released=pb.HandoffReleased(status=status.value))
+
+
+def unpack_released(message: pb.HandoffReleased) -> ReleaseStatus:
+    """Raises ValueError for a status that is none."""
+    return ReleaseStatus(message.status)
+
+
+def pack_source_failed(epoch: int, seq: int, reason: str) -> pb.PrefillMessage:
+    return pb.PrefillMessage(source_failed=pb.HandoffSourceFailed(epoch=epoch, seq=seq, reason=reason))
+
+
+def pack_prefill_abort(reason: str) -> pb.PrefillMessage:
+    return pb.PrefillMessage(aborted=pb.HandoffAbort(reason=reason))
+
+
+def pack_prefill_heartbeat(progress: int) -> pb.PrefillMessage:
+    return pb.PrefillMessage(heartbeat=pb.HandoffHeartbeat(progress=progress))
+
+
+def offers_among(offers: Sequence[Offer], asked: Sequence[str]) -> tuple[Offer, ...]:
+    """The offers that D accepts, in P's order."""
+    return tuple(offer for offer in offers if offer.transport in asked)
+
+
+def with_digests(chunk: Chunk, digests: bytes) -> Chunk:
+    """The same chunk, with its digests."""
+    return replace(chunk, digests=digests)
