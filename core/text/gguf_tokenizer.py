@@ -7,7 +7,7 @@ from typing import Final
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from pdserve.core.errors import ConfigError
-from pdserve.core.text.gguf_metadata import GgufMetadata
+from pdserve.core.gguf_header import GgufHeader
 
 _CONTROL_TOKEN: Final = 3
 _USER_DEFINED_TOKEN: Final = 4
@@ -61,7 +61,7 @@ class GgufVocabulary:
     eos_ids: frozenset[int]
 
 
-def build_tokenizer(metadata: GgufMetadata) -> Tokenizer | None:
+def build_tokenizer(metadata: GgufHeader) -> Tokenizer | None:
     """The byte-level BPE tokenizer that the header describes, None where it describes another kind.
 
     Raises ConfigError when the header names such a tokenizer but lacks its tables.
@@ -91,7 +91,7 @@ def build_tokenizer(metadata: GgufMetadata) -> Tokenizer | None:
     return tokenizer
 
 
-def read_vocabulary(metadata: GgufMetadata) -> GgufVocabulary:
+def read_vocabulary(metadata: GgufHeader) -> GgufVocabulary:
     """Chat template, named special tokens and end-of-sequence ids of the header."""
     tokens = metadata.strings("tokenizer.ggml.tokens")
     named: dict[str, str] = {}
@@ -151,7 +151,7 @@ def _add_parsed_tokens(tokenizer: Tokenizer, tokens: list[str], kinds: list[int]
 
 
 def _set_template(
-    tokenizer: Tokenizer, tokens: list[str], metadata: GgufMetadata, pre: _PreTokenization
+    tokenizer: Tokenizer, tokens: list[str], metadata: GgufHeader, pre: _PreTokenization
 ) -> None:
     """Put begin and end tokens around a text where the file (or, silent, its kind) asks for them."""
     add_bos = metadata.flag("tokenizer.ggml.add_bos_token")

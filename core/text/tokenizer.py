@@ -7,9 +7,9 @@ from pathlib import Path
 import tokenizers
 
 from pdserve.core.errors import ConfigError, InvalidRequest
+from pdserve.core.gguf_header import GgufHeader
 from pdserve.core.text.chat_template import ChatMessage, ChatTemplate
 from pdserve.core.text.detokenizer import IncrementalDetokenizer
-from pdserve.core.text.gguf_metadata import GgufMetadata
 from pdserve.core.text.gguf_tokenizer import build_tokenizer, load_with_transformers, read_vocabulary
 from pdserve.core.text.hf_folder import HfFolder
 
@@ -55,7 +55,7 @@ class Tokenizer:
         if not path.is_file() or path.suffix != ".gguf":
             reason = "is not a .gguf file" if path.is_file() else "does not exist"
             raise ConfigError(f"no tokenizer at {path}: it {reason}; give a model folder or a .gguf file")
-        metadata = GgufMetadata.read(path)
+        metadata = GgufHeader.read(path)
         vocabulary = read_vocabulary(metadata)
         return cls(
             build_tokenizer(metadata) or load_with_transformers(path),

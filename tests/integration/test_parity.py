@@ -1,6 +1,7 @@
 """Greedy and seeded output is the same however it is served, and equal to transformers'."""
 
 import dataclasses
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,7 @@ from pdserve.core.types import Role
 
 TOKENS = 24
 SAMPLED: dict[str, list[tuple[int, ...]]] = {}
+FULL_SAMPLED: dict[str, list[tuple[int, ...]]] = {}
 
 DEPLOYMENTS = {
     "aggregated": ({"mixed-0": Role.MIXED}, HandoffConfig()),
@@ -74,3 +76,29 @@ async def test_the_ledger_explains_the_time_to_first_token(deployment: tuple[str
     assert parts["prefill"] > 0
     assert (parts["exposed_transfer"] > 0) == (name != "aggregated")
     assert dataclasses.asdict(result.usage)["prompt_tokens"] == len(prompt)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+async def test_the_full_matrix_of_prompts_equals_transformers(deployment: tuple[str, BareCluster]) -> None:
+    """24 prompts x 64 tokens: one at a time, 16 in flight on reused blocks, and seeded sampling."""
+    name, cluster = deployment
+    cases = references()
+    tokens = 64
+    async with AsyncClient(cluster.target, timeout=600) as client:
+        started = time.monotonic()
+        first = await one_at_a_time(client, cases, tokens)
+        assert_equal_to_references(first, cases, tokens)
+        again = await in_flight(client, cases, tokens)
+        assert_equal_to_references(again, cases, tokens)
+        reused = sum(result.route.blocks_reused for result in again)
+        assert reused > 0
+        FULL_SAMPLED[name] = await sampled(client, cases, tokens)
+        assert all(other == FULL_SAMPLED[name] for other in FULL_SAMPLED.values()), sorted(FULL_SAMPLED)
+    moved = sum(result.route.blocks_moved for result in first)
+    print(
+        f"\n{name}: {len(cases)} prompts x {tokens} tokens equal transformers, alone and in flight; "
+        f"{moved} blocks moved, {reused} reused; sampled equal to {sorted(FULL_SAMPLED)}; "
+        f"{time.monotonic() - started:.0f} s"
+    )
+    cluster.assert_settled(*DEPLOYMENTS[name][0])

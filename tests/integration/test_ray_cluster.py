@@ -61,6 +61,16 @@ async def test_greedy_tokens_over_ray_equal_transformers(cluster: Served) -> Non
     assert sum(result.route.blocks_reused for result in again) > 0
 
 
+@pytest.mark.full
+@pytest.mark.timeout(600)
+async def test_the_full_matrix_over_ray_equals_transformers(cluster: Served) -> None:
+    cases = references()
+    async with AsyncClient(cluster.target, timeout=600) as client:
+        assert_equal_to_references(await one_at_a_time(client, cases, 64), cases, 64)
+        assert_equal_to_references(await in_flight(client, cases, 64), cases, 64)
+    print(f"\nover Ray: {len(cases)} prompts x 64 tokens equal transformers, alone and in flight")
+
+
 def test_a_killed_worker_comes_back_as_another_incarnation(cluster: Served) -> None:
     case = references(QUICK)[0]
     with Client(cluster.target, timeout=120) as client:

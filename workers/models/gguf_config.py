@@ -1,67 +1,58 @@
 """ModelConfig from the metadata of a GGUF file."""
 
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from pdserve.core.errors import ConfigError
+from pdserve.core.gguf_header import GgufHeader
 from pdserve.workers.models.config import ModelConfig, unsupported
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+T = TypeVar("T")
+
 _EOS_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
-class _Metadata:
-    """Typed reads of a `gguf.GGUFReader`'s scalar fields."""
+class _Required:
+    """A header whose scalars must be there unless there is a default."""
 
-    def __init__(self, reader: Any, file: Path) -> None:
-        self._reader = reader
-        self.file = file
-
-    def optional(self, key: str) -> Any:
-        field = self._reader.get_field(key)
-        return None if field is None else field.contents()
+    def __init__(self, header: GgufHeader) -> None:
+        self.header = header
+        self.file = header.path
 
     def integer(self, key: str, default: int | None = None) -> int:
-        value = self._value(key, default)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigError(f"{self.file}: {key} is {str(value)[:60]}, must be one integer")
-        return value
+        value = self.header.integer(key)
+        return self._given(key, default if value is None else value)
 
     def number(self, key: str, default: float | None = None) -> float:
-        value = self._value(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ConfigError(f"{self.file}: {key} is {str(value)[:60]}, must be one number")
-        return float(value)
+        value = self.header.number(key)
+        return float(self._given(key, default if value is None else value))
 
-    def _value(self, key: str, default: object) -> Any:
-        value = self.optional(key)
-        if value is not None:
-            return value
-        if default is None:
+    def _given(self, key: str, value: T | None) -> T:
+        if value is None:
             raise ConfigError(f"{self.file}: metadata key {key} is missing")
-        return default
+        return value
 
 
-def config_from_gguf(reader: Any, file: Path) -> ModelConfig:
-    """Read the configuration from an open `gguf.GGUFReader`.
+def config_from_gguf(header: GgufHeader) -> ModelConfig:
+    """The configuration of the model in the file.
 
     Whether there are biases and an own output matrix is told by the tensors, not by metadata.
 
     Raises:
         ConfigError: metadata incomplete, or a model that this decoder does not compute.
     """
-    data = _Metadata(reader, file)
-    arch = data.optional("general.architecture")
+    data, file = _Required(header), header.path
+    arch = header.string("general.architecture")
     if arch not in _ARCHITECTURES:
         raise unsupported(file, f"GGUF architecture {arch!r}")
-    shapes = {tensor.name: tuple(int(n) for n in tensor.shape) for tensor in reader.tensors}
+    shapes = {tensor.name: tensor.shape for tensor in header.tensors}
     hidden_size = data.integer(f"{arch}.embedding_length")
     num_heads = data.integer(f"{arch}.attention.head_count")
     if num_heads < 1:
         raise ConfigError(f"{file}: {arch}.attention.head_count is {num_heads}, must be at least 1")
     head_dim = data.integer(f"{arch}.attention.key_length", hidden_size // num_heads)
     _refuse_what_we_do_not_compute(data, arch, head_dim)
-    bos = data.optional("tokenizer.ggml.bos_token_id")
     return ModelConfig(
         architecture=_ARCHITECTURES[arch],
         vocab_size=_vocab_size(shapes, file),
@@ -79,23 +70,23 @@ def config_from_gguf(reader: Any, file: Path) -> ModelConfig:
         attention_bias="blk.0.attn_q.bias" in shapes,
         output_bias="blk.0.attn_output.bias" in shapes,
         mlp_bias="blk.0.ffn_gate.bias" in shapes,
-        bos_token_id=None if bos is None else int(bos),
-        eos_token_ids=_eos_token_ids(data),
+        bos_token_id=header.integer("tokenizer.ggml.bos_token_id"),
+        eos_token_ids=_eos_token_ids(header),
     )
 
 
-def _refuse_what_we_do_not_compute(data: _Metadata, arch: str, head_dim: int) -> None:
+def _refuse_what_we_do_not_compute(data: _Required, arch: str, head_dim: int) -> None:
     if data.integer("split.count", 1) > 1:
         raise unsupported(data.file, "a split GGUF (join it with llama-gguf-split --merge)")
     if data.integer(f"{arch}.expert_count", 0) > 0:
         raise unsupported(data.file, "a mixture of experts")
-    scaling = data.optional(f"{arch}.rope.scaling.type")
+    scaling = data.header.string(f"{arch}.rope.scaling.type")
     if scaling not in (None, "none"):
         raise unsupported(data.file, f"{arch}.rope.scaling.type {scaling!r}")
     for key in ("rope.dimension_count", "attention.value_length"):
         if data.integer(f"{arch}.{key}", head_dim) != head_dim:
             raise unsupported(data.file, f"{arch}.{key} other than the key length {head_dim}")
-    if data.optional(f"{arch}.attention.sliding_window") is not None:
+    if data.header.has(f"{arch}.attention.sliding_window"):
         raise unsupported(data.file, "a sliding window")
 
 
@@ -107,6 +98,6 @@ def _vocab_size(shapes: dict[str, tuple[int, ...]], file: Path) -> int:
     return embedding[1]
 
 
-def _eos_token_ids(data: _Metadata) -> tuple[int, ...]:
-    found = (data.optional(f"tokenizer.ggml.{key}") for key in _EOS_KEYS)
-    return tuple(dict.fromkeys(int(token) for token in found if token is not None))
+def _eos_token_ids(header: GgufHeader) -> tuple[int, ...]:
+    found = (header.integer(f"tokenizer.ggml.{key}") for key in _EOS_KEYS)
+    return tuple(dict.fromkeys(token for token in found if token is not None))

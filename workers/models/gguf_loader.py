@@ -1,8 +1,8 @@
 """Configuration and weights from a GGUF file (llama.cpp's format; architectures llama and qwen2)."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import gguf
 import gguf.quants
@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from pdserve.core.errors import ConfigError
+from pdserve.core.gguf_header import GgufHeader, GgufTensor
 from pdserve.workers.models.config import ModelConfig, unsupported
 from pdserve.workers.models.gguf_config import config_from_gguf
 
@@ -39,17 +40,33 @@ class GgufCheckpoint:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._reader = _open(file)
-        self.config: ModelConfig = config_from_gguf(self._reader, file)
+        self._header = GgufHeader.read(file)
+        self.config: ModelConfig = config_from_gguf(self._header)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for tensor in self._reader.tensors:
-            kind = tensor.tensor_type.name
-            if kind not in _TYPES:
-                raise unsupported(self._file, f"type {kind} of {tensor.name}")
-            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        content = np.memmap(self._file, np.uint8, "r")
+        for tensor in self._header.tensors:
+            kind = self._kind(tensor)
+            # Shapes are innermost first in the file, and rows are whole numbers of quantisation blocks.
+            shape = gguf.quant_shape_to_byte_shape(tensor.shape[::-1], kind)
+            end = tensor.offset + math.prod(shape)
+            if end > content.size:
+                raise ConfigError(
+                    f"cannot read {self._file}, truncated or not GGUF: {tensor.name} ends at byte {end} of "
+                    f"{content.size}"
+                )
+            values = gguf.quants.dequantize(content[tensor.offset : end].reshape(shape), kind)
             name = canonical_name(tensor.name)
             yield name, torch.from_numpy(np.require(self._in_halves(name, values), requirements=["C", "W"]))
+
+    def _kind(self, tensor: GgufTensor) -> gguf.GGMLQuantizationType:
+        try:
+            kind = gguf.GGMLQuantizationType(tensor.type_number)
+        except ValueError:
+            raise unsupported(self._file, f"type number {tensor.type_number} of {tensor.name}") from None
+        if kind.name not in _TYPES:
+            raise unsupported(self._file, f"type {kind.name} of {tensor.name}")
+        return kind
 
     def _in_halves(self, name: str, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Undo llama.cpp's interleaving of q and k rows: (2i, 2i + 1) pairs become halves, per head."""
@@ -77,13 +94,3 @@ def canonical_name(name: str) -> str:
     if len(parts) == 2 and parts[0] in _TOP_NAMES:
         return f"{_TOP_NAMES[parts[0]]}.{parts[1]}"
     return name
-
-
-def _open(file: Path) -> Any:
-    try:
-        return gguf.GGUFReader(file)
-    except (OSError, ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
-        # The reader slices a mapping without bounds checks: a short file shows as any of these.
-        raise ConfigError(
-            f"cannot read {file}, truncated or not GGUF: {type(error).__name__}: {error}"
-        ) from error

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from pdserve.core.errors import ConfigError, InvalidRequest
 from pdserve.core.text import ChatMessage, Tokenizer
 from pdserve.core.text.chat_template import ChatTemplate
-from pdserve.core.text.gguf_metadata import GgufMetadata
+from pdserve.core.gguf_header import GgufHeader
 
 TEXTS = [
     "",
@@ -148,7 +148,7 @@ def test_the_digest_names_the_contents(gguf_path: Path, smollm: Tokenizer, folde
 def test_gguf_metadata_equals_the_reference_reader(gguf_path: Path) -> None:
     from gguf import GGUFReader
 
-    metadata, fields = GgufMetadata.read(gguf_path), GGUFReader(str(gguf_path)).fields
+    metadata, fields = GgufHeader.read(gguf_path), GGUFReader(str(gguf_path)).fields
     for key in ("general.architecture", "tokenizer.chat_template"):
         assert metadata.string(key) == fields[key].contents()
     for key in ("tokenizer.ggml.tokens", "tokenizer.ggml.merges"):

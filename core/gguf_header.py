@@ -1,4 +1,4 @@
-"""The key-value header of a GGUF file, without its tensors.
+"""The header of a GGUF file: its metadata, and where its tensors lie.
 
 The `gguf` package makes a numpy view of every array element, which takes seconds for a vocabulary; the header
 is a flat little-endian record (GGUF specification, versions 2 and 3) that is read here in one pass.
@@ -7,6 +7,7 @@ is a flat little-endian record (GGUF specification, versions 2 and 3) that is re
 import mmap
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,6 +15,8 @@ from pdserve.core.errors import ConfigError
 
 _MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)
+_ALIGNMENT: Final = 32
+"""Of the tensor data, where the file does not say."""
 _STRING: Final = 8
 _ARRAY: Final = 9
 _SCALARS: Final[dict[int, str]] = {
@@ -32,25 +35,39 @@ _SCALARS: Final[dict[int, str]] = {
 """GGUF value type number to the struct format of one little-endian value."""
 
 
-class GgufMetadata:
+@dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """Where one tensor lies. `shape` is innermost first, as the format has it."""
+
+    name: str
+    shape: tuple[int, ...]
+    type_number: int
+    """ggml's number of the element type."""
+    offset: int
+    """Bytes from the start of the file."""
+
+
+class GgufHeader:
     """Typed access to a GGUF header. Every accessor raises ConfigError where a value has another type."""
 
-    def __init__(self, path: Path, values: dict[str, object]) -> None:
-        self._path = path
+    def __init__(self, path: Path, values: dict[str, object], tensors: tuple[GgufTensor, ...] = ()) -> None:
+        self.path = path
+        self.tensors = tensors
         self._values = values
 
     @classmethod
-    def read(cls, path: Path) -> "GgufMetadata":
+    def read(cls, path: Path) -> "GgufHeader":
         """Read the header of `path`.
 
         Raises ConfigError when the file is missing, is not GGUF, or ends inside its header.
         """
         try:
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return cls(path, _HeaderReader(data).read())
+                return cls(path, *_HeaderReader(data).read())
         except (OSError, ValueError, struct.error) as error:
             raise ConfigError(
-                f"cannot read the GGUF header of {path}: {error}; check the path or download the model again"
+                f"cannot read the GGUF header of {path}, truncated or not GGUF: {error}; check the path or "
+                "download the model again"
             ) from error
 
     def string(self, key: str) -> str | None:
@@ -66,6 +83,17 @@ class GgufMetadata:
         if value is None or (isinstance(value, int) and not isinstance(value, bool)):
             return value
         raise self._wrong_type(key, value, "an integer")
+
+    def number(self, key: str) -> float | None:
+        """The number at `key`, None where the file does not say."""
+        value = self._values.get(key)
+        if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+            return value
+        raise self._wrong_type(key, value, "a number")
+
+    def has(self, key: str) -> bool:
+        """Whether the file says anything at `key`."""
+        return key in self._values
 
     def flag(self, key: str) -> bool | None:
         """The boolean at `key`, None where the file does not say."""
@@ -89,7 +117,7 @@ class GgufMetadata:
         raise self._wrong_type(key, value, "an array of integers")
 
     def _wrong_type(self, key: str, value: object, wanted: str) -> ConfigError:
-        return ConfigError(f"{self._path}: {key} is {type(value).__name__}, expected {wanted}")
+        return ConfigError(f"{self.path}: {key} is {type(value).__name__}, expected {wanted}")
 
 
 class _HeaderReader:
@@ -99,16 +127,26 @@ class _HeaderReader:
         self._data = data
         self._at = 0
 
-    def read(self) -> dict[str, object]:
+    def read(self) -> tuple[dict[str, object], tuple[GgufTensor, ...]]:
         magic = self._take(4)
         if magic != _MAGIC:
             raise ValueError(f"it starts with {magic!r}, not with {_MAGIC!r}")
         version = self._number("I")
         if version not in _VERSIONS:
             raise ValueError(f"version {version} is not one of {_VERSIONS}")
-        self._number("Q")  # number of tensors
-        entries = self._number("Q")
-        return {self._string(): self._value(self._number("I")) for _ in range(entries)}
+        tensors, entries = self._number("Q"), self._number("Q")
+        values = {self._string(): self._value(self._number("I")) for _ in range(entries)}
+        infos = [self._tensor() for _ in range(tensors)]
+        alignment = values.get("general.alignment", _ALIGNMENT)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise ValueError(f"general.alignment is {alignment!r}")
+        data_at = -(-self._at // alignment) * alignment
+        return values, tuple(replace(info, offset=data_at + info.offset) for info in infos)
+
+    def _tensor(self) -> GgufTensor:
+        name = self._string()
+        shape = tuple(self._number("Q") for _ in range(self._number("I")))
+        return GgufTensor(name, shape, self._number("I"), self._number("Q"))
 
     def _value(self, kind: int) -> object:
         if kind == _STRING:

@@ -1,0 +1,398 @@
+"""D owns a request: promise first, candidates in order, and nothing left at any end (invariants 2 and 4)."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+
+from pdserve.core.clock import MonotonicClock
+from pdserve.core.config import EngineConfig, SessionConfig
+from pdserve.core.errors import GrpcCode, WorkerLost
+from pdserve.core.types import (
+    FinishReason,
+    Incarnation,
+    OwnerId,
+    RequestId,
+    Role,
+    SamplingParams,
+    SequenceId,
+    WorkerId,
+    blocks_for,
+    hit_limit,
+)
+from pdserve.core.worker_record import WorkerRecord
+from pdserve.kvtransfer.handoff.ask import Committed, HandoffAsk, HandoffPeer, NotServed
+from pdserve.kvtransfer.handoff.states import Outcome
+from pdserve.kvtransfer.names import chain
+from pdserve.kvtransfer.pool.layout import KvLayout
+from pdserve.kvtransfer.pool.pool import KvPool
+from pdserve.proto import worker_pb2
+from pdserve.workers.decode_request import DecodeAsk, PrefillCandidate
+from pdserve.workers.decode_role import DecodeRole
+from pdserve.workers.engine.messages import SequenceOutput, SequenceSpec
+from pdserve.workers.seams import ignore
+from pdserve.workers.session_link import SessionLink
+
+POOL_BLOCKS = 32
+HEADROOM = 40
+ROOT = b"n" * 16
+
+
+class FakeHandoffs:
+    """Answers each fetch with the next of `outcomes`; None waits until the request gives up."""
+
+    def __init__(self, pool: KvPool, outcomes: Sequence[Outcome | str | None]) -> None:
+        self._pool = pool
+        self._outcomes = list(outcomes)
+        self.asked: list[str] = []
+        self.begun = asyncio.Event()
+
+    async def fetch(self, ask: HandoffAsk, peer: HandoffPeer) -> Committed | NotServed:
+        self.asked.append(peer.worker)
+        self.begun.set()
+        outcome = self._outcomes.pop(0)
+        if outcome is None:
+            await asyncio.Event().wait()
+        if isinstance(outcome, Outcome):
+            return NotServed(outcome, f"{peer.worker} said {outcome}")
+        assert self._pool.allocate(ask.owner, ask.blocks) is not None
+        return Committed(
+            owner=ask.owner,
+            num_computed=ask.positions,
+            transport="shm",
+            blocks_moved=ask.blocks,
+            bytes_moved=1,
+            blocks_reused=0,
+            prefill_queue_s=0.0,
+            prefill_s=0.0,
+            prefill_cached_tokens=0,
+            filled_seen_at=0.0,
+            committed_at=0.0,
+            prefill_worker=peer.worker,
+            prefill_incarnation=peer.incarnation,
+            prefill_pid=1,
+        )
+
+
+class FakeDispatcher:
+    """An engine that does what the test says."""
+
+    def __init__(self, pool: KvPool) -> None:
+        self._pool = pool
+        self.sinks: dict[SequenceId, Callable[[SequenceOutput], None]] = {}
+        self.specs: list[SequenceSpec] = []
+        self.submitted = asyncio.Event()
+
+    def after_step(self, callback: Callable[[], None]) -> None:
+        self._after = callback
+
+    def submit(self, spec: SequenceSpec, sink: Callable[[SequenceOutput], None]) -> None:
+        self.specs.append(spec)
+        self.sinks[spec.sequence_id] = sink
+        self.submitted.set()
+
+    def abort(self, sequence: SequenceId) -> None:
+        self.emit(sequence, 0, (), FinishReason.ABORT)
+
+    def emit(
+        self, sequence: SequenceId, first: int, tokens: tuple[int, ...], reason: FinishReason | None = None
+    ) -> None:
+        spec = next(spec for spec in self.specs if spec.sequence_id == sequence)
+        if reason is not None:
+            self._pool.release(spec.owner)
+        self.sinks[sequence](
+            SequenceOutput(
+                sequence_id=sequence,
+                num_computed=len(spec.token_ids),
+                first_index=first,
+                new_token_ids=tokens,
+                text="".join(f"<{token}>" for token in tokens),
+                finish_reason=reason,
+                error=None,
+                cached_tokens=0,
+                started_at=0.0,
+                prefill_ended_at=0.0,
+                first_token_at=0.0,
+            )
+        )
+        self._after()
+
+
+class Rig:
+    """A DecodeRole over a real pool."""
+
+    def __init__(self, *outcomes: Outcome | str | None, reattach_s: float = 5.0) -> None:
+        self.pool = KvPool(KvLayout(1, 1, 8, "float32"), POOL_BLOCKS, np.zeros(POOL_BLOCKS, np.uint64))
+        self.handoffs = FakeHandoffs(self.pool, outcomes)
+        self.engine = FakeDispatcher(self.pool)
+        record = WorkerRecord(
+            worker=WorkerId("decode-0"),
+            incarnation=Incarnation("d1"),
+            role=Role.DECODE,
+            model="m",
+            schema="00",
+            endpoint="127.0.0.1:1",
+            pid=7,
+            context_tokens=4096,
+            vocab_size=100,
+            dtype="float32",
+            pool_blocks=POOL_BLOCKS,
+            role_weight=0.0,
+        )
+        self.role = DecodeRole(
+            record=lambda: record,
+            pool=self.pool,
+            dispatcher=self.engine,  # type: ignore[arg-type]
+            handoffs=self.handoffs,  # type: ignore[arg-type]
+            engine_config=EngineConfig(headroom_tokens=HEADROOM),
+            session_config=SessionConfig(reattach_s=reattach_s),
+            clock=MonotonicClock(),
+            observer=ignore,
+        )
+        self.link = SessionLink("router")
+
+    def open(
+        self,
+        name: str = "r",
+        tokens: int = 70,
+        *,
+        max_tokens: int = 1000,
+        candidates: Sequence[str] = ("prefill-0", "prefill-1", "decode-0"),
+        deadline: float | None = None,
+    ) -> worker_pb2.Replace | None:
+        prompt = tuple(range(tokens))
+        ask = DecodeAsk(
+            request_id=RequestId(name),
+            token_ids=prompt,
+            chain=chain(ROOT, prompt),
+            namespace=ROOT,
+            sampling=SamplingParams(max_tokens=max_tokens),
+            candidates=tuple(PrefillCandidate(worker, "p1", "127.0.0.1:2") for worker in candidates),
+            deadline=deadline,
+        )
+        return self.role.open(self.link, ask)
+
+    async def until_submitted(self) -> SequenceSpec:
+        async with asyncio.timeout(5):
+            await self.engine.submitted.wait()
+        return self.engine.specs[-1]
+
+    async def until_ended(self) -> None:
+        async with asyncio.timeout(5):
+            while self.role.unfinished():
+                await asyncio.sleep(0)
+
+    def items(self) -> list[worker_pb2.FrameItem]:
+        """All that was queued for the router, in order."""
+        self.link.flush()
+        queued = list(self.link._messages)
+        return [item for message in queued for item in message.frame.items]
+
+    def assert_nothing_left(self) -> None:
+        counts = self.pool.counts()
+        assert (counts.promised, counts.held, counts.reserved, counts.loading) == (0, 0, 0, 0)
+        assert self.pool.owners() == ()
+        self.pool.check_integrity()
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "covered"),
+    [(8, 8), (HEADROOM, HEADROOM), (1000, HEADROOM)],
+    ids=["short", "equal", "long"],
+)
+async def test_a_promise_is_the_prompt_and_the_headroom_before_anybody_is_asked(
+    max_tokens: int, covered: int
+) -> None:
+    rig = Rig(None)
+    assert rig.open(max_tokens=max_tokens) is None
+    assert rig.pool.counts().promised == blocks_for(70 + covered)
+    assert rig.handoffs.asked == []  # the promise came first
+    rig.role.cancel(RequestId("r"))
+    await rig.until_ended()
+    rig.assert_nothing_left()
+
+
+async def test_what_cannot_be_promised_is_refused_at_once_and_queues_nothing() -> None:
+    rig = Rig(None, None, None, None)
+    opened = 0
+    while (replace := rig.open(f"r{opened}")) is None:
+        opened += 1
+    assert opened == POOL_BLOCKS // blocks_for(70 + HEADROOM)
+    assert replace.request_id == f"r{opened}"
+    assert str(blocks_for(70 + HEADROOM)) in replace.reason
+    assert str(POOL_BLOCKS) in replace.reason
+    assert replace.retry_after_s > 0
+    assert rig.role.in_flight() == opened
+    # Memory that comes back serves who asks then, not who was refused.
+    rig.role.cancel(RequestId("r0"))
+    async with asyncio.timeout(5):
+        while rig.role.unfinished() == opened:
+            await asyncio.sleep(0)
+    assert rig.open("later") is None
+    rig.role.fail_all(WorkerLost("over"))
+    await rig.until_ended()
+    rig.assert_nothing_left()
+
+
+async def test_candidates_are_asked_in_order_until_one_serves() -> None:
+    """EXPIRED is P's last word after VERIFIED, too: discard, go on."""
+    rig = Rig(Outcome.EXPIRED, Outcome.CORRUPT, "ok")
+    rig.open(candidates=("prefill-2", "prefill-0", "prefill-1", "decode-0"))
+    spec = await rig.until_submitted()
+    assert rig.handoffs.asked == ["prefill-2", "prefill-0", "prefill-1"]
+    assert spec.num_computed == 69
+    rig.engine.emit(spec.sequence_id, 0, (5,), FinishReason.LENGTH)
+    route = rig.items()[-1].route
+    assert (route.prefill_worker, route.candidates_tried) == ("prefill-1", 2)
+    rig.assert_nothing_left()
+
+
+async def test_when_all_others_failed_the_worker_computes_by_itself() -> None:
+    rig = Rig(Outcome.LOST, Outcome.FAILED)
+    rig.open()
+    spec = await rig.until_submitted()
+    assert rig.handoffs.asked == ["prefill-0", "prefill-1"]
+    assert spec.num_computed == 0
+    rig.engine.emit(spec.sequence_id, 0, (5,), FinishReason.LENGTH)
+    assert rig.items()[-1].route.prefill_worker == "decode-0"
+    assert not rig.items()[-1].route.transport
+    rig.assert_nothing_left()
+
+
+async def test_a_prompt_that_is_held_or_has_no_block_is_not_handed_off() -> None:
+    rig = Rig()
+    prompt = tuple(range(70))
+    blocks = rig.pool.allocate(OwnerId("earlier"), hit_limit(70))
+    assert blocks is not None
+    for block, name in zip(blocks, chain(ROOT, prompt), strict=True):
+        rig.pool.name(OwnerId("earlier"), block, name)
+    rig.pool.release(OwnerId("earlier"))
+    for name, tokens in (("held", 70), ("short", 16)):
+        rig.engine.submitted.clear()
+        rig.open(name, tokens)
+        spec = await rig.until_submitted()
+        rig.engine.emit(spec.sequence_id, 0, (5,), FinishReason.LENGTH)
+    assert rig.handoffs.asked == []
+    rig.assert_nothing_left()
+
+
+@pytest.mark.parametrize(
+    ("reasons", "code"),
+    [
+        ((Outcome.REJECTED, Outcome.REJECTED), GrpcCode.RESOURCE_EXHAUSTED),
+        ((Outcome.REJECTED, Outcome.LOST), GrpcCode.UNAVAILABLE),
+        ((Outcome.DEADLINE, Outcome.LOST), GrpcCode.DEADLINE_EXCEEDED),
+    ],
+    ids=["all full", "one lost", "too late"],
+)
+async def test_when_nobody_serves_the_reason_decides_the_status(
+    reasons: tuple[Outcome, ...], code: GrpcCode
+) -> None:
+    rig = Rig(*reasons)
+    rig.open(candidates=("prefill-0", "prefill-1"))
+    await rig.until_ended()
+    failure = rig.items()[-1].failure
+    assert failure.code == int(code)
+    assert "prefill-1" in failure.message
+    rig.assert_nothing_left()
+
+
+@pytest.mark.parametrize("where", ["in the handoff", "in the engine"])
+@pytest.mark.parametrize("how", ["cancel", "deadline", "drain"])
+async def test_every_early_end_gives_the_promise_back(where: str, how: str) -> None:
+    rig = Rig(None if where == "in the handoff" else "ok")
+    deadline = MonotonicClock().now() + 0.05 if how == "deadline" else None
+    rig.open(deadline=deadline)
+    if where == "in the handoff":
+        await rig.handoffs.begun.wait()
+    else:
+        spec = await rig.until_submitted()
+        rig.engine.emit(spec.sequence_id, 0, (5,))
+    assert rig.pool.counts().promised > 0
+    if how == "cancel":
+        rig.role.cancel(RequestId("r"))
+    elif how == "drain":
+        assert await rig.role.drain(0.0) == 1
+        assert rig.open("new") is not None  # a draining worker takes nothing new
+    await rig.until_ended()
+    codes = {"cancel": GrpcCode.CANCELLED, "deadline": GrpcCode.DEADLINE_EXCEEDED}
+    failure = rig.items()[-1].failure
+    assert failure.code == int(codes.get(how, GrpcCode.UNAVAILABLE))
+    assert failure.retriable is (how == "drain")
+    rig.assert_nothing_left()
+
+
+async def test_an_open_of_a_known_request_is_an_attach() -> None:
+    rig = Rig("ok")
+    rig.open()
+    spec = await rig.until_submitted()
+    rig.engine.emit(spec.sequence_id, 0, (5,))
+    promised = rig.pool.counts().promised
+    rig.link = SessionLink("router")
+    assert rig.open() is None
+    assert rig.pool.counts().promised == promised
+    assert rig.role.in_flight() == 1
+    assert [list(item.token_ids) for item in rig.items()] == [[5]]  # told again, from the beginning
+    rig.engine.emit(spec.sequence_id, 1, (6,), FinishReason.LENGTH)
+    assert [list(item.token_ids) for item in rig.items()] == [[5], [6]]
+    rig.role.acknowledge(RequestId("r"))
+    assert rig.role.in_flight() == 0
+    rig.assert_nothing_left()
+
+
+@pytest.mark.parametrize("seen", range(6))
+async def test_an_attach_sends_what_was_not_seen_and_nothing_twice(seen: int) -> None:
+    """Tokens that come while nobody listens are kept; those that were forwarded are not sent again."""
+    rig = Rig("ok")
+    rig.open()
+    spec = await rig.until_submitted()
+    for index in range(5):
+        if index == 2:
+            rig.role.detach(rig.link)
+        reason = FinishReason.LENGTH if index == 4 else None
+        rig.engine.emit(spec.sequence_id, index, (10 + index,), reason)
+    rig.link = SessionLink("router")
+    rig.role.attach(rig.link, RequestId("r"), seen)
+    items = rig.items()
+    tokens = [token for item in items for token in item.token_ids if item.first_index >= seen]
+    assert tokens == [10 + index for index in range(seen, 5)]
+    assert items[-1].finish_reason == "length"  # the end is told always: it may be what was lost
+    rig.role.acknowledge(RequestId("r"))
+    assert rig.role.in_flight() == 0
+    rig.assert_nothing_left()
+
+
+async def test_an_attach_to_a_request_that_is_not_here_is_a_retriable_loss() -> None:
+    rig = Rig()
+    rig.role.attach(rig.link, RequestId("gone"), 3)
+    (item,) = rig.items()
+    assert item.failure.code == int(GrpcCode.UNAVAILABLE)
+    assert item.failure.retriable
+
+
+async def test_a_request_that_nobody_claims_ends_after_its_grace() -> None:
+    rig = Rig("ok", reattach_s=0.02)
+    rig.open()
+    spec = await rig.until_submitted()
+    rig.engine.emit(spec.sequence_id, 0, (5,))
+    rig.role.detach(rig.link)
+    assert rig.role.unfinished() == 1  # it goes on until then
+    async with asyncio.timeout(5):
+        while rig.role.in_flight():
+            await asyncio.sleep(0.005)
+    rig.assert_nothing_left()
+
+
+async def test_tokens_without_a_router_are_bounded() -> None:
+    rig = Rig("ok")
+    rig.open()
+    spec = await rig.until_submitted()
+    rig.role.detach(rig.link)
+    bound = SessionConfig().unacknowledged_tokens
+    for index in range(bound):
+        rig.engine.emit(spec.sequence_id, index, (5,))
+    assert rig.role.unfinished() == 1
+    rig.engine.emit(spec.sequence_id, bound, (5,))
+    assert rig.role.unfinished() == 0
+    rig.assert_nothing_left()
