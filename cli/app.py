@@ -51,6 +51,6 @@ def run(arguments: list[str]) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     except PdserveError as error:
-        print(f"pdserve: {error.message}", file=sys.stderr)
+        print("pdserve:", *error.message.split(), file=sys.stderr)  # one line, whatever it quotes
         return 1
     return 0

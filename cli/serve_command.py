@@ -53,7 +53,7 @@ def serve(
     mixed: Annotated[
         int | None, typer.Option(help="Workers that do both; alone: only these.", show_default="0")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.", show_default="bfloat16")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.", show_default="float32")] = None,
     transport: Annotated[
         str | None, typer.Option(help="How KV blocks travel: auto, shm or tcp.", show_default="auto")
     ] = None,

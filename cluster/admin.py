@@ -1,12 +1,13 @@
 """pdserve.v1.Admin: the supervisor's face, on loopback."""
 
+from collections.abc import Awaitable, Callable, Sequence
 from typing import NoReturn
 
 import grpc
 
 from pdserve.cluster.members import Member
 from pdserve.cluster.supervisor import Supervisor
-from pdserve.core.errors import InvalidRequest, from_foreign
+from pdserve.core.errors import InvalidRequest, UnknownModel, from_foreign
 from pdserve.core.types import Role
 from pdserve.proto import admin_pb2, admin_pb2_grpc
 from pdserve.workers.spec import ROLE_WEIGHTS
@@ -17,10 +18,18 @@ Context = grpc.aio.ServicerContext[object, object]
 class AdminServicer(admin_pb2_grpc.AdminServicer):
     """Membership changes at run time."""
 
-    def __init__(self, supervisor: Supervisor, default_model: str, drain_grace_s: float) -> None:
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        model: str,
+        drain_grace_s: float,
+        until_seen: Callable[[Sequence[Member]], Awaitable[None]],
+    ) -> None:
+        """`until_seen` returns when the router would place on these members."""
         self._supervisor = supervisor
-        self._default_model = default_model
+        self._model = model
         self._grace_s = drain_grace_s
+        self._until_seen = until_seen
 
     async def ListMembers(
         self, request: admin_pb2.ListMembersRequest, context: Context
@@ -32,7 +41,8 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         self, request: admin_pb2.AddMemberRequest, context: Context
     ) -> admin_pb2.AddMemberResponse:
         try:
-            member = await self._supervisor.add(_role(request.role), request.model or self._default_model)
+            member = await self._supervisor.add(_role(request.role), self._served(request.model))
+            await self._until_seen([member])
         except Exception as error:
             await _abort(context, error)
         return admin_pb2.AddMemberResponse(member=_member(member))
@@ -65,6 +75,12 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         except Exception as error:
             await _abort(context, error)
         return admin_pb2.SetMemberRoleWeightResponse()
+
+    def _served(self, model: str) -> str:
+        """A worker of a model that the router does not know could never be asked."""
+        if model and model != self._model:
+            raise UnknownModel(f"model {model!r} is not served here: served is {self._model!r}")
+        return self._model
 
 
 def _role(name: str) -> Role:

@@ -5,21 +5,24 @@ import contextlib
 import dataclasses
 import logging
 import os
+import socket
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
-import ray
 
-from pdserve.cluster.actors import start_router_actor
+from pdserve.cluster.actors import ANY_ADDRESS, ActorHandle, launch_router, launch_worker
 from pdserve.cluster.admin import AdminServicer
+from pdserve.cluster.kept import Kept
 from pdserve.cluster.members import Member
 from pdserve.cluster.ray_runtime import RayRuntime
 from pdserve.cluster.redis_server import RedisServer, start_redis
-from pdserve.cluster.supervisor import STOP_TIMEOUT_S, Supervisor
+from pdserve.cluster.signals import take_signals_back
+from pdserve.cluster.supervisor import Supervisor
 from pdserve.core.catalog import resolve_model
 from pdserve.core.channel_options import CHANNEL_OPTIONS, SERVER_OPTIONS
-from pdserve.core.config import IndexConfig, ServeConfig
-from pdserve.core.errors import PdserveError, Unavailable, from_foreign
+from pdserve.core.config import IndexConfig, RouterConfig, ServeConfig
+from pdserve.core.errors import ConfigError, PdserveError, Unavailable, from_foreign
 from pdserve.core.tasks import end_task
 from pdserve.core.types import Role
 from pdserve.proto import admin_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -29,24 +32,25 @@ from pdserve.workers.spec import WorkerSpec
 log = logging.getLogger(__name__)
 
 READY_TIMEOUT_S = 60.0
+READY_POLL_S = 0.05
 REDIS_WATCH_S = 0.2
 
 
 class Cluster:
-    """Everything that `pdserve serve` runs. Use as `async with Cluster(config) as cluster`."""
+    """Everything that `pdserve serve` runs. Use once, as `async with Cluster(config) as cluster`."""
 
     def __init__(self, config: ServeConfig) -> None:
+        """Raises ConfigError for a model that is not there, before anything starts."""
+        resolve_model(config.model)
         self.config = config
-        resolve_model(config.model)  # a wrong name is found before anything starts
-        self.supervisor = Supervisor(self._worker_spec)
+        self.supervisor = Supervisor(self._launch_worker)
         self.router_endpoint = ""
         self.router_pid = 0
         self.admin_endpoint = ""
         self._ray = RayRuntime(config.ray_address)
         self._redis: RedisServer | None = None
-        self._router: Any = None
-        self._redis_watch: asyncio.Task[None] | None = None
-        self._admin: grpc.aio.Server | None = None
+        self._router = Kept("router", self._launch_router, self._router_started, lambda: None)
+        self._owned = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> "Cluster":
         try:
@@ -60,40 +64,40 @@ class Cluster:
         await self.stop()
 
     async def start(self) -> None:
-        """Returns when every worker is ready and the router sees it."""
-        self._redis = await asyncio.to_thread(start_redis, self.config.index.redis_url)
-        if self._redis.owned:
-            self._redis_watch = asyncio.create_task(self._keep_redis(self._redis), name="watch-redis")
-        await asyncio.to_thread(self._ray.start)
+        """Returns when every worker is ready and the router sees it; if it raises, `stop` has to follow."""
+        _require_free_port(self.config.router)
+        own = self._owned
+        own.push_async_callback(self._stop_redis)
+        await _in_thread(self._start_redis)
+        redis = self._redis
+        if redis is not None and redis.owned:
+            own.push_async_callback(end_task, asyncio.create_task(self._keep_redis(redis), name="keep-redis"))
+        own.push_async_callback(asyncio.to_thread, self._ray.stop)
+        try:
+            await _in_thread(self._ray.start)
+        finally:
+            take_signals_back()
+        own.push_async_callback(self.supervisor.stop)
+        own.push_async_callback(self._router.stop)
         await self._start_admin()
         config = self.config
         roles = [Role.PREFILL] * config.prefill + [Role.DECODE] * config.decode + [Role.MIXED] * config.mixed
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._start_router())
+                group.create_task(self._router.start())
                 for role in roles:
                     group.create_task(self.supervisor.add(role, config.model))
         except ExceptionGroup as group_error:
             raise from_foreign(group_error.exceptions[0]) from group_error
-        await self._until_ready(len(roles))
+        await self._until_seen(self.supervisor.members.all())
 
     async def stop(self) -> None:
-        """Ends whatever was started; safe after a start that failed half way."""
-        if self._admin is not None:
-            await self._admin.stop(None)
-            self._admin = None
-        if self._router is not None:
-            with contextlib.suppress(TimeoutError, ray.exceptions.RayError):
-                await asyncio.wait_for(_result(self._router.stop.remote()), STOP_TIMEOUT_S)
-            with contextlib.suppress(ray.exceptions.RayError):
-                ray.kill(self._router)
-            self._router = None
-        await self.supervisor.stop()
-        await asyncio.to_thread(self._ray.stop)
-        await end_task(self._redis_watch)
-        if self._redis is not None:
-            await asyncio.to_thread(self._redis.stop)
-            self._redis = None
+        """End whatever was started, the last first; safe after a start that failed half way."""
+        await self._owned.aclose()
+
+    def remove_files(self) -> None:
+        """For a process that ends without `stop`: the kernel ends the others, but removes no file."""
+        self._ray.remove_files()
 
     def ready_record(self) -> dict[str, Any]:
         """What the ready file says: where to connect, what is served, which processes there are."""
@@ -127,9 +131,9 @@ class Cluster:
         url = self._redis.url if self._redis is not None else self.config.index.redis_url
         return dataclasses.replace(self.config.index, redis_url=url)
 
-    def _worker_spec(self, member: Member) -> WorkerSpec:
+    def _launch_worker(self, member: Member) -> ActorHandle:
         config = self.config
-        return WorkerSpec(
+        spec = WorkerSpec(
             worker=member.worker,
             role=str(member.role),
             model=member.model,
@@ -140,40 +144,84 @@ class Cluster:
             session=config.session,
             index=self._index_config(),
         )
+        # An own redis, and any host but the unspecified one, can be reached on this machine only.
+        own_redis = self._redis is not None and self._redis.owned
+        return launch_worker(spec, pinned=own_redis or config.router.host not in ANY_ADDRESS)
 
-    async def _start_router(self) -> None:
-        config = dataclasses.replace(self.config, index=self._index_config())
-        spec = RouterSpec(config=config, admin=self.admin_endpoint)
-        self._router = start_router_actor(spec)
-        started = await _result(self._router.start.remote())
-        self.router_endpoint = started["grpc"]
-        self.router_pid = started["pid"]
+    def _launch_router(self) -> ActorHandle:
+        router = self.config.router
+        if self.router_endpoint:
+            # One that is started again listens where its clients know it.
+            port = int(self.router_endpoint.rpartition(":")[2])
+            router = dataclasses.replace(router, grpc_port=port)
+        config = dataclasses.replace(self.config, index=self._index_config(), router=router)
+        return launch_router(RouterSpec(config=config, admin=self.admin_endpoint))
+
+    async def _router_started(self, said: dict[str, Any]) -> None:
+        self.router_endpoint = said["grpc"]
+        self.router_pid = said["pid"]
 
     async def _start_admin(self) -> None:
         server = grpc.aio.server(options=SERVER_OPTIONS)
-        servicer = AdminServicer(self.supervisor, self.config.model, self.config.drain_grace_s)
+        servicer = AdminServicer(
+            self.supervisor, self.config.model, self.config.drain_grace_s, self._until_seen
+        )
         admin_pb2_grpc.add_AdminServicer_to_server(servicer, server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
-        self._admin = server
+        self._owned.push_async_callback(server.stop, None)
         self.admin_endpoint = f"127.0.0.1:{port}"
 
-    async def _until_ready(self, workers: int) -> None:
-        """Wait until the router's own view has every worker."""
-        async with grpc.aio.insecure_channel(self.router_endpoint, options=CHANNEL_OPTIONS) as channel:
-            stub = inference_pb2_grpc.InferenceStub(channel)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(READY_TIMEOUT_S):
-                    while True:
-                        status = await stub.GetStatus(
-                            inference_pb2.GetStatusRequest(), timeout=READY_TIMEOUT_S
-                        )
-                        if sum(1 for worker in status.workers if worker.state == "ready") >= workers:
+    async def _until_seen(self, members: Sequence[Member]) -> None:
+        """Wait until the router would place on the present incarnations of `members`."""
+        seen = "the router does not answer"
+        with contextlib.suppress(TimeoutError):
+            async with (
+                asyncio.timeout(READY_TIMEOUT_S),
+                grpc.aio.insecure_channel(self.router_endpoint, options=CHANNEL_OPTIONS) as channel,
+            ):
+                stub = inference_pb2_grpc.InferenceStub(channel)
+                while True:
+                    try:
+                        status = await stub.GetStatus(inference_pb2.GetStatusRequest())
+                    except grpc.aio.AioRpcError as error:
+                        seen = f"the router answers {error.code().name}"
+                    else:
+                        ready = {w.incarnation for w in status.workers if w.state == "ready"}
+                        if all(member.record and member.record.incarnation in ready for member in members):
                             return
-                        await asyncio.sleep(0.05)
-        seen = ", ".join(f"{worker.worker} ({worker.state})" for worker in status.workers) or "none"
-        raise Unavailable(f"the router sees {seen} after {READY_TIMEOUT_S:.0f} s; {workers} were started")
+                        known = ", ".join(f"{worker.worker} ({worker.state})" for worker in status.workers)
+                        seen = f"the router sees {known or 'no worker'}"
+                    await asyncio.sleep(READY_POLL_S)
+        asked = ", ".join(member.worker for member in members)
+        raise Unavailable(f"{seen} after {READY_TIMEOUT_S:.0f} s; it was to see {asked}")
+
+    def _start_redis(self) -> None:
+        self._redis = start_redis(self.config.index.redis_url)
+
+    async def _stop_redis(self) -> None:
+        if self._redis is not None:
+            await asyncio.to_thread(self._redis.stop)
 
 
-async def _result(reference: Any) -> Any:
-    return await reference
+def _require_free_port(router: RouterConfig) -> None:
+    """The router runs on this machine: a port that is taken is found before anything starts."""
+    address = (router.host, router.grpc_port)
+    try:
+        family = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0][0]
+        socket.create_server(address, family=family).close()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {router.host}:{router.grpc_port} ({error.strerror}): choose another "
+            "router.host or router.grpc_port; port 0 picks a free one"
+        ) from error
+
+
+async def _in_thread(call: Callable[[], None]) -> None:
+    """Run a blocking call to its end, also when cancelled: what it starts must be known, to be ended."""
+    task = asyncio.create_task(asyncio.to_thread(call))
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise

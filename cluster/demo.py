@@ -1,19 +1,27 @@
 """`pdserve demo`: one prompt through a whole cluster, and a table of what happened to it."""
 
-import asyncio
 import dataclasses
 import json
+import signal
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pdserve.client import AsyncClient, Result
 from pdserve.cluster.cluster import Cluster
-from pdserve.core.config import RouterConfig, ServeConfig
+from pdserve.cluster.signals import run_until_signal
+from pdserve.core.config import ServeConfig
 
 PROMPT = "Explain in three sentences why serving a language model has a prefill and a decode phase."
 MAX_TOKENS = 96
+WARM_UP_PROMPT = "The quick brown fox jumps over the lazy dog. " * 4
+"""Pays for connections and cold caches; it shares no block with the prompt, so nothing is reused."""
+
+_BAR_CELLS = 32
+_INTERRUPTED = 128 + signal.SIGINT
 
 
 def demo(
@@ -24,31 +32,38 @@ def demo(
     max_tokens: int = MAX_TOKENS,
     config: ServeConfig | None = None,
 ) -> int:
-    """Start 1 prefill + 1 decode worker, stream one answer, print the table; `as_json`: an object last."""
+    """Start 1 prefill + 1 decode worker, stream one answer, print the table; `as_json`: an object last.
+
+    Returns the exit status. Raises PdserveError.
+    """
     base = config or ServeConfig()
-    free_port = dataclasses.replace(base.router, grpc_port=0)
-    chosen = dataclasses.replace(base, model=model, router=RouterConfig(**dataclasses.asdict(free_port)))
-    result = asyncio.run(_run(chosen, prompt, max_tokens))
+    chosen = dataclasses.replace(base, model=model, router=dataclasses.replace(base.router, grpc_port=0))
+    cluster = Cluster(chosen)
+    result = run_until_signal(_run(cluster, prompt, max_tokens), cluster.remove_files)
+    if result is None:
+        return _INTERRUPTED
     if as_json:
         print(json.dumps(record(result)), flush=True)
     return 0
 
 
-async def _run(config: ServeConfig, prompt: str, max_tokens: int) -> Result:
-    console = Console()
-    roles = f"{config.prefill} prefill + {config.decode} decode worker"
-    console.print(f"starting redis, Ray, a router and {roles} for [bold]{config.model}[/bold] …")
-    async with Cluster(config) as cluster, AsyncClient(cluster.router_endpoint) as client:
-        # The first request pays for connections and cold caches; it is another prompt, so nothing is reused.
-        await client.generate("The quick brown fox jumps over the lazy dog. " * 4, max_tokens=4)
-        console.print(f"\n[bold]prompt[/bold]  {prompt}\n[bold]answer[/bold]  ", end="")
+async def _run(cluster: Cluster, prompt: str, max_tokens: int) -> Result:
+    console = Console(highlight=False)
+    config = cluster.config
+    workers = f"{config.prefill} prefill + {config.decode} decode worker"
+    console.print(f"starting redis, Ray, a router and {workers} for [bold]{config.model}[/bold] …")
+    async with cluster, AsyncClient(cluster.router_endpoint) as client:
+        await client.generate(WARM_UP_PROMPT, max_tokens=4)
+        console.print()
+        console.print(Text.assemble(("prompt  ", "bold cyan"), prompt), soft_wrap=True)
+        console.print(Text("answer  ", "bold cyan"), end="")
         messages = [{"role": "user", "content": prompt}]
         stream = await client.generate(messages=messages, max_tokens=max_tokens, stream=True)
         async for chunk in stream:
-            console.print(chunk.text, end="", markup=False, highlight=False, soft_wrap=True)
+            console.print(chunk.text, end="", markup=False, soft_wrap=True)
         console.print("\n")
         result = stream.result()
-        console.print(_table(result))
+        console.print(table(result))
         return result
 
 
@@ -70,18 +85,25 @@ def record(result: Result) -> dict[str, Any]:
     }
 
 
-def _table(result: Result) -> Table:
-    route = result.route
-    usage = result.usage
-    table = Table(title="what happened to it", title_justify="left", show_header=False)
-    table.add_column(style="bold")
-    table.add_column()
-    table.add_row("prefill", f"{route.prefill_worker} (pid {route.prefill_pid})")
-    table.add_row("decode", f"{route.decode_worker} (pid {route.decode_pid})")
-    table.add_row("transport", route.transport or "none: the prefill ran at the decode worker")
-    table.add_row("moved", f"{route.blocks_moved} blocks, {route.bytes_moved / 1e6:.2f} MB")
-    table.add_row("tokens", f"{usage.prompt_tokens} in, {usage.completion_tokens} out")
-    table.add_row("time to first token", f"{result.ttft_s * 1e3:.1f} ms, of which")
+def table(result: Result) -> Table:
+    """Who did what, what moved, and where the time to the first token went."""
+    route, usage = result.route, result.usage
+    moved = f"{route.blocks_moved} blocks, {route.bytes_moved / 1e6:.2f} MB, over {route.transport}"
+    rows = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    rows.add_column("what happened to it", style="bold", no_wrap=True)
+    rows.add_column("", justify="right", no_wrap=True)
+    rows.add_column("", no_wrap=True)
+    rows.add_row("prefill by", route.prefill_worker, f"process {route.prefill_pid}")
+    rows.add_row("decode by", route.decode_worker, f"process {route.decode_pid}")
+    rows.add_row("KV cache moved", "", moved if route.transport else "nothing: prefilled where it decodes")
+    rows.add_row("tokens", "", f"{usage.prompt_tokens} in, {usage.completion_tokens} out", end_section=True)
+    rows.add_row("time to first token", _milliseconds(result.ttft_s), "of which")
     for name, seconds in result.ledger.parts().items():
-        table.add_row(f"  {name.replace('_', ' ')}", f"{seconds * 1e3:8.2f} ms")
-    return table
+        share = seconds / result.ttft_s if result.ttft_s > 0 else 0.0
+        bar = Text("█" * round(share * _BAR_CELLS), "cyan")
+        rows.add_row(f"  {name.replace('_', ' ')}", _milliseconds(seconds), bar)
+    return rows
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f} ms"

@@ -9,7 +9,7 @@ from pdserve.core.worker_record import WorkerRecord
 
 
 class MemberState(StrEnum):
-    """A member's way: starting → ready → draining → gone, and back to starting when it dies."""
+    """A member's way: starting → ready → draining → gone; restarting after a death."""
 
     STARTING = "starting"
     READY = "ready"
@@ -29,6 +29,8 @@ class Member:
     restarts: int = 0
     role_weight: float | None = None
     """None: the role's own; else what an operator set, which a restart keeps."""
+    draining: bool = False
+    """An operator asked for it, which a restart keeps."""
 
 
 class MemberTable:

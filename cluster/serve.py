@@ -4,66 +4,68 @@ import asyncio
 import json
 import logging
 import os
-import signal
 import sys
 from pathlib import Path
 
 from pdserve.cluster.cluster import Cluster
+from pdserve.cluster.signals import run_until_signal
 from pdserve.core.config import ServeConfig
-
-log = logging.getLogger(__name__)
+from pdserve.core.errors import ConfigError
 
 
 def serve(config: ServeConfig) -> int:
-    """Run a cluster until a signal ends it; returns the exit status."""
+    """Run a cluster until a signal ends it; returns the exit status. Raises PdserveError."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    asyncio.run(_serve(config))
+    ready_file = None if config.ready_file is None else ReadyFile(Path(config.ready_file))
+    cluster = Cluster(config)
+
+    def abandon() -> None:
+        cluster.remove_files()
+        if ready_file is not None:
+            ready_file.remove()
+
+    run_until_signal(_serve(cluster, ready_file), abandon)
     return 0
 
 
-async def _serve(config: ServeConfig) -> None:
-    loop = asyncio.get_running_loop()
-    ended = asyncio.Event()
-    main = asyncio.current_task()
-    assert main is not None
-    starting = True
+async def _serve(cluster: Cluster, ready_file: "ReadyFile | None") -> None:
+    async with cluster:
+        try:
+            record = cluster.ready_record()
+            if ready_file is not None:
+                ready_file.write(json.dumps(record) + "\n")
+            print(f"pdserve serves {record['model']} at {record['grpc']}", file=sys.stderr, flush=True)
+            await asyncio.Event().wait()
+        finally:
+            if ready_file is not None:
+                ready_file.remove()
 
-    def on_signal() -> None:
-        ended.set()
-        if starting:
-            main.cancel()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal)
-    cluster = Cluster(config)
-    try:
-        await cluster.start()
-        starting = False
-        # Ray installs handlers of its own when it starts.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, on_signal)
-        record = cluster.ready_record()
-        if config.ready_file is not None:
-            write_atomically(Path(config.ready_file), json.dumps(record) + "\n")
-        print(f"pdserve serves {record['model']} at {record['grpc']}", file=sys.stderr, flush=True)
-        await ended.wait()
-    except asyncio.CancelledError:
-        if not ended.is_set():
+class ReadyFile:
+    """Is there, whole, exactly while the cluster serves; one of an earlier run is removed."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ConfigError, before anything starts, where it could not be written later."""
+        self.path = path
+        self._part = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            self._part.touch()
+            self._part.unlink()
+            self.remove()
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write the ready file {path} ({error.strerror}): name one in a folder that is there"
+            ) from error
+
+    def write(self, text: str) -> None:
+        """A reader sees all of it or none."""
+        try:
+            self._part.write_text(text)
+            self._part.replace(self.path)
+        except OSError:
+            self._part.unlink(missing_ok=True)
             raise
-    finally:
-        starting = False
-        await cluster.stop()
-        if config.ready_file is not None:
-            remove(Path(config.ready_file))
 
-
-def remove(path: Path) -> None:
-    """Whether it is there or not."""
-    path.unlink(missing_ok=True)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """A reader sees the whole file or none."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text)
-    part.replace(path)
+    def remove(self) -> None:
+        """Whether it is there or not."""
+        self.path.unlink(missing_ok=True)

@@ -32,9 +32,13 @@ _TRANSFER_PRIOR: Final = (1e-3, 1e-9)
 
 _PREFILL_ERROR: Final = "prefill/relative_error"
 _DECODE_ERROR: Final = "decode/relative_error"
+_FILL_ERROR: Final = "fill/relative_error"
 _TRANSFER: Final = "transfer"
 _SHORTEST_SECONDS: Final = 1e-6
 """No work that exists is predicted to take less."""
+
+_SHORTEST_FILL_SECONDS: Final = 1e-2
+"""A prefill that is not longer, as predicted or as it was, says nothing about estimates."""
 
 _RECORDS_FOR_ERROR: Final = 8
 _ERROR_WEIGHT: Final = 0.05
@@ -88,6 +92,7 @@ class PerfModel:
         self._steps = LinearFit(_STEP_PRIOR)
         self._prefill_error = _RunningError()
         self._decode_error = _RunningError()
+        self._fill_error = _RunningError()
         self._transfers: dict[str, tuple[LinearFit, _RunningError]] = {}
 
     def observe_step(self, record: StepRecord) -> None:
@@ -109,6 +114,21 @@ class PerfModel:
             self._transfers[record.transport] = (LinearFit(_TRANSFER_PRIOR), _RunningError())
         fit, running = self._transfers[record.transport]
         running.add(fit.observe((1.0, float(record.num_bytes)), record.seconds))
+
+    def observe_fill(self, predicted_seconds: float, seconds: float) -> None:
+        """Learn how far off another worker's estimate of a whole prefill was, its queue included.
+
+        One that is not a number, or of a prefill too short to plan by, is left out.
+        """
+        if not math.isfinite(predicted_seconds) or not _is_duration(seconds):
+            return
+        if max(predicted_seconds, seconds) > _SHORTEST_FILL_SECONDS:
+            self._fill_error.add(abs(predicted_seconds - seconds) / seconds)
+
+    @property
+    def fill_error(self) -> float | None:
+        """Recent mean relative error of other workers' estimates; None before there is one."""
+        return self._fill_error.mean
 
     def prefill_seconds(self, new_tokens: int, cached_tokens: int, chunk_tokens: int) -> Prediction:
         """Compute time of a prompt's `new_tokens` after `cached_tokens`, in steps of at most `chunk_tokens`.
@@ -146,6 +166,7 @@ class PerfModel:
         values = dict(zip(_STEP_TERMS, self._steps.coefficients, strict=True))
         _put(values, _PREFILL_ERROR, self._prefill_error.mean)
         _put(values, _DECODE_ERROR, self._decode_error.mean)
+        _put(values, _FILL_ERROR, self._fill_error.mean)
         for transport, (fit, running) in list(self._transfers.items()):
             for term, value in zip(_TRANSFER_TERMS, fit.coefficients, strict=True):
                 values[f"{_TRANSFER}/{transport}/{term}"] = value
@@ -169,6 +190,7 @@ class PerfModel:
         self._steps = _restored(values, _STEP_TERMS, _STEP_PRIOR)
         self._prefill_error = _RunningError(values.get(_PREFILL_ERROR))
         self._decode_error = _RunningError(values.get(_DECODE_ERROR))
+        self._fill_error = _RunningError(values.get(_FILL_ERROR))
         self._transfers = {
             name: (
                 _restored(

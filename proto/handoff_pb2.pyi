@@ -158,12 +158,14 @@ class TransportOffer(_message.Message):
     def __init__(self, transport: _Optional[str] = ..., parameters: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class HandoffRejected(_message.Message):
-    __slots__ = ("reason", "retry_after_s")
+    __slots__ = ("reason", "retry_after_s", "outcome")
     REASON_FIELD_NUMBER: _ClassVar[int]
     RETRY_AFTER_S_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
     reason: str
     retry_after_s: float
-    def __init__(self, reason: _Optional[str] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
+    outcome: str
+    def __init__(self, reason: _Optional[str] = ..., retry_after_s: _Optional[float] = ..., outcome: _Optional[str] = ...) -> None: ...
 
 class HandoffChunk(_message.Message):
     __slots__ = ("seq", "first_block", "blocks", "generations", "last_valid_tokens", "digests")

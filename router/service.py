@@ -12,6 +12,7 @@ import grpc
 
 from pdserve.core.clock import Clock
 from pdserve.core.errors import InvalidRequest, Unavailable
+from pdserve.core.request_limits import check_sampling, check_tokens, promise_blocks
 from pdserve.core.text.chat_template import ChatMessage
 from pdserve.core.types import RequestId
 from pdserve.core.worker_record import WorkerRecord
@@ -136,7 +137,7 @@ class InferenceService(InferenceServicer):
             raise InvalidRequest(f"request_id {request_id!r} is in use: choose another, or none")
         model = validation.check_model(request.model, self._models())
         prompt = validation.check_prompt(wire.prompt_of(request), self._door.max_prompt_bytes)
-        validation.check_sampling(wire.sampling_of(request.sampling))
+        check_sampling(wire.sampling_of(request.sampling))
         async with self._gate.enter(request_id, deadline) as slot:
             tokens = await self._tokenize(model, prompt)
             job = self._job(request_id, request.sampling, model, tokens, arrived, deadline)
@@ -162,11 +163,11 @@ class InferenceService(InferenceServicer):
         """Everything that can be checked once the tokens are known."""
         workers = pool_of(self._pool.records(), model)
         limits = validation.Limits.of(workers)
-        validation.check_tokens(tokens, limits.vocab_size)
+        check_tokens(tokens, limits.vocab_size)
         asked = sampling.HasField("max_tokens")
         bounded = validation.bound_completion(wire.sampling_of(sampling), asked, len(tokens), limits)
-        promise = validation.promise_blocks(len(tokens), bounded.max_tokens, self._door.headroom_tokens)
-        validation.check_fits(len(tokens), promise, limits)
+        promise = promise_blocks(len(tokens), bounded.max_tokens, self._door.headroom_tokens)
+        validation.check_prefill(len(tokens), limits)
         return Job(request, tuple(tokens), bounded, promise, workers, arrived, deadline)
 
     def _models(self) -> set[str]:

@@ -1,6 +1,5 @@
 """What is refused at the door, with the value that was sent, the limit, and what to do. Pure."""
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -67,56 +66,33 @@ def check_prompt(prompt: Prompt | None, max_bytes: int) -> Prompt:
     return prompt
 
 
-def check_sampling(sampling: SamplingParams) -> None:
-    """Raises InvalidRequest for a value out of its range."""
-    if sampling.max_tokens < 1:
-        raise InvalidRequest(f"max_tokens is {sampling.max_tokens}: it must be at least 1")
-    if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0.0):
-        raise InvalidRequest(f"temperature is {sampling.temperature}: it must be finite and at least 0")
-    if not 0.0 < sampling.top_p <= 1.0:
-        raise InvalidRequest(f"top_p is {sampling.top_p}: it must be in (0, 1]")
-
-
-def check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
-    """Raises InvalidRequest for no tokens, or one outside the vocabulary."""
-    if not tokens:
-        raise InvalidRequest("the prompt has no tokens: send a longer one")
-    highest = max(tokens)
-    if min(tokens) < 0 or highest >= vocab_size:
-        wrong = highest if highest >= vocab_size else min(tokens)
-        raise InvalidRequest(f"token id {wrong} is out of the vocabulary: ids go from 0 to {vocab_size - 1}")
-
-
 def bound_completion(
     sampling: SamplingParams, asked: bool, prompt_tokens: int, limits: Limits
 ) -> SamplingParams:
-    """The default of max_tokens shrinks to what the context leaves; what was asked for is refused instead.
+    """The default of max_tokens shrinks to what context and decode pools leave; what was asked is refused.
 
     Raises ContextTooLong.
     """
-    left = limits.context_tokens - prompt_tokens
-    if left < 1 or (asked and sampling.max_tokens > left):
-        completion = sampling.max_tokens if asked else 1
+    in_context = limits.context_tokens - prompt_tokens
+    in_pool = limits.decode_blocks * BLOCK_TOKENS - prompt_tokens + 1  # the last token needs no room
+    completion = sampling.max_tokens if asked else 1
+    if completion > in_context:
         raise ContextTooLong(
             f"prompt and completion need {prompt_tokens} + {completion} tokens, the context has "
             f"{limits.context_tokens}: send a shorter prompt or ask for fewer tokens"
         )
-    return sampling if asked else replace(sampling, max_tokens=min(sampling.max_tokens, left))
-
-
-def promise_blocks(prompt_tokens: int, max_tokens: int, headroom_tokens: int) -> int:
-    """Blocks that a decode worker promises: the prompt, and the completion up to the headroom."""
-    return blocks_for(prompt_tokens + min(max_tokens, headroom_tokens))
-
-
-def check_fits(prompt_tokens: int, promise: int, limits: Limits) -> None:
-    """Raises ContextTooLong for what no pool can ever hold."""
-    prefill = blocks_for(prompt_tokens - 1)
-    if promise > limits.decode_blocks:
+    if completion > in_pool:
         raise ContextTooLong(
-            f"the prompt of {prompt_tokens} tokens needs {promise} blocks with its headroom, the largest "
-            f"decode pool has {limits.decode_blocks} blocks of {BLOCK_TOKENS} tokens: send a shorter prompt"
+            f"prompt and completion need {prompt_tokens} + {completion} tokens, the largest decode pool has "
+            f"{limits.decode_blocks} blocks of {BLOCK_TOKENS} tokens: send a shorter prompt, ask for fewer "
+            f"tokens or raise engine.pool_blocks"
         )
+    return sampling if asked else replace(sampling, max_tokens=min(sampling.max_tokens, in_context, in_pool))
+
+
+def check_prefill(prompt_tokens: int, limits: Limits) -> None:
+    """Raises ContextTooLong for a prompt that no prefill pool can ever hold."""
+    prefill = blocks_for(prompt_tokens - 1)
     if limits.prefill_blocks is not None and prefill > limits.prefill_blocks:
         raise ContextTooLong(
             f"the prompt of {prompt_tokens} tokens needs {prefill} blocks to prefill, the largest prefill "

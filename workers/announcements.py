@@ -1,6 +1,5 @@
 """What a worker tells redis: that it lives, how busy it is, which blocks it holds."""
 
-import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -45,6 +44,7 @@ class Announcements:
         else:
             self._index = RedisIndex(self._link, config.timeout_s)
             self._membership = RedisMembership(self._link, config.ttl_s)
+        self._announced: WorkerRecord | None = None
         first = record()
         self._announcer = CacheAnnouncer(self._index, first.worker, first.incarnation, first.dtype, snapshot)
         self._heartbeat = Heartbeat(
@@ -68,28 +68,36 @@ class Announcements:
         self._heartbeat.start()
 
     async def announce(self) -> None:
-        """List the record as it is now."""
-        await self._membership.announce(self._record(), self._load())
+        """List the record as it is now. Raises IndexUnavailable; the next heartbeat tries again then."""
+        record = self._record()
+        await self._membership.announce(record, self._load())
+        self._announced = record
 
     async def renew(self) -> None:
-        """Speak for the record's new incarnation: the old one's entries are void."""
+        """Speak for the record's new incarnation: the old one's entries are void.
+
+        The cache first: once the new incarnation is listed, nothing may be said for the old one any more.
+        """
+        await self._announcer.renew(self._record().incarnation)
         with contextlib.suppress(IndexUnavailable):
             await self.announce()
-        await self._announcer.renew(self._record().incarnation)
 
     async def stop(self) -> None:
         """Leave the cluster. A redis that is away lets the entries expire instead."""
         await self._heartbeat.stop()
         await self._announcer.stop()
         record = self._record()
-        with contextlib.suppress(IndexUnavailable, asyncio.CancelledError):
+        with contextlib.suppress(IndexUnavailable):
             await self._membership.withdraw(record.worker, record.incarnation)
         if self._link is not None:
             await self._link.close()
 
     async def _beat(self, load: WorkerLoad) -> bool:
         record = self._record()
-        standing = await self._membership.heartbeat(record.worker, record.incarnation, load)
+        standing = Standing.UNKNOWN
+        if record == self._announced:
+            standing = await self._membership.heartbeat(record.worker, record.incarnation, load)
         if standing is Standing.UNKNOWN:
-            standing = await self._membership.announce(self._record(), load)
+            standing = await self._membership.announce(record, load)
+            self._announced = record
         return standing is not Standing.FENCED

@@ -1,10 +1,11 @@
 """The one place where the worker's protobuf messages become core types and back."""
 
 import dataclasses
+import math
 
 from pdserve.core.clock import Clock
 from pdserve.core.errors import InvalidRequest
-from pdserve.core.types import RequestId, SamplingParams, hit_limit
+from pdserve.core.types import BLOCK_TOKENS, RequestId, SamplingParams
 from pdserve.core.worker_record import WorkerLoad, WorkerRecord
 from pdserve.kvtransfer.names import chain, unpack_chain, unpack_tokens
 from pdserve.kvtransfer.pool.pool import PoolCounts
@@ -13,16 +14,22 @@ from pdserve.workers.decode_request import DecodeAsk, PrefillCandidate
 
 
 def decode_ask(message: worker_pb2.OpenRequest, clock: Clock) -> DecodeAsk:
-    """Raises InvalidRequest where the message contradicts itself."""
-    tokens = unpack_tokens(message.prompt_token_ids)
+    """Raises InvalidRequest where the message is not understood or contradicts itself."""
+    try:
+        tokens = unpack_tokens(message.prompt_token_ids)
+        names = unpack_chain(message.chain) if message.chain else chain(message.namespace, tokens)
+    except ValueError as error:
+        raise InvalidRequest(f"the prompt's tokens or block names are not understood: {error}") from error
+    if not message.request_id:
+        raise InvalidRequest("the request has no id: every Open needs one of its own")
     if not tokens:
         raise InvalidRequest("the prompt is empty: send at least one token")
-    names = unpack_chain(message.chain) if message.chain else chain(message.namespace, tokens)
-    if len(names) < hit_limit(len(tokens)):
-        raise InvalidRequest(
-            f"{len(names)} block names for {len(tokens)} prompt tokens: {hit_limit(len(tokens))} are needed"
-        )
+    if len(names) != len(tokens) // BLOCK_TOKENS:
+        needed = len(tokens) // BLOCK_TOKENS
+        raise InvalidRequest(f"{len(names)} block names for {len(tokens)} prompt tokens: it takes {needed}")
     remaining = message.remaining_s if message.HasField("remaining_s") else None
+    if remaining is not None and not math.isfinite(remaining):
+        raise InvalidRequest(f"remaining_s is {remaining}: leave it out where there is no deadline")
     return DecodeAsk(
         request_id=RequestId(message.request_id),
         token_ids=tokens,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from pdserve.core.errors import PdserveError
 from pdserve.core.types import (
+    BLOCK_TOKENS,
     BlockName,
     FinishReason,
     OwnerId,
@@ -15,7 +16,9 @@ from pdserve.core.types import (
     Usage,
 )
 from pdserve.core.worker_record import WorkerRecord
+from pdserve.kvtransfer.handoff.ask import Committed
 from pdserve.proto import inference_pb2, worker_pb2
+from pdserve.workers.engine.messages import SequenceOutput
 from pdserve.workers.session_link import SessionLink
 
 
@@ -85,6 +88,13 @@ class DecodeRequest:
     cached_tokens: int = 0
     finished: bool = False
     abort_reason: PdserveError | None = None
+    settled: bool = False
+    """It needs no memory any more: the promise is back, the engine has let go."""
+    disowned: bool = False
+    """No router may claim it any more; it is forgotten the moment it is settled."""
+    deadline_timer: asyncio.TimerHandle | None = None
+    grace_timer: asyncio.TimerHandle | None = None
+    """Runs while no router listens."""
 
     @property
     def request_id(self) -> RequestId:
@@ -133,15 +143,87 @@ class DecodeRequest:
         """Emit the last item of a request that cannot go on."""
         if self.finished:
             return
-        failure = worker_pb2.Failure(
-            code=int(error.grpc_code),
-            message=error.message,
-            retriable=error.retriable,
-            retry_after_s=error.retry_after_s,
-        )
-        item = worker_pb2.FrameItem(failure=failure)
+        item = worker_pb2.FrameItem(failure=describe_failure(error))
         self.usage_into(item, 0)
         self.emit(item)
+
+    def listen(self, link: SessionLink | None) -> None:
+        """Pass items to `link` from now on, and to no other."""
+        if self.link is not None:
+            self.link.requests.discard(self.request_id)
+        self.link = link
+        if link is not None:
+            link.requests.add(self.request_id)
+            self.unacknowledged_since_detach = 0
+            self.stop_grace()
+
+    @property
+    def is_heard(self) -> bool:
+        """A session is there that items can be sent on."""
+        return self.link is not None and not self.link.broken
+
+    def stop_grace(self) -> None:
+        """A router is there again, or the wait for one is over."""
+        if self.grace_timer is not None:
+            self.grace_timer.cancel()
+            self.grace_timer = None
+
+    def stop_deadline(self) -> None:
+        """It ended before its deadline."""
+        if self.deadline_timer is not None:
+            self.deadline_timer.cancel()
+            self.deadline_timer = None
+
+    def served_by(self, record: WorkerRecord, attempt: int, now: float) -> None:
+        """D's own engine prefills: no handoff."""
+        self.route.prefill_worker = record.worker
+        self.route.prefill_incarnation = record.incarnation
+        self.route.prefill_pid = record.pid
+        self.route.candidates_tried = attempt
+        self.marks.serving_open = now
+
+    def committed(self, done: Committed, attempt: int) -> None:
+        """A handoff brought the prompt's KV."""
+        route, marks = self.route, self.marks
+        route.prefill_worker = done.prefill_worker
+        route.prefill_incarnation = done.prefill_incarnation
+        route.prefill_pid = done.prefill_pid
+        route.transport = done.transport
+        route.blocks_moved = done.blocks_moved
+        route.bytes_moved = done.bytes_moved
+        route.blocks_reused = done.blocks_reused
+        route.candidates_tried = attempt
+        marks.prefill_queue = done.prefill_queue_s
+        marks.prefill = done.prefill_s
+        marks.filled_seen = done.filled_seen_at
+        marks.committed = done.committed_at
+        self.cached_tokens = max(done.prefill_cached_tokens, done.blocks_reused * BLOCK_TOKENS)
+
+    def describe_first(self, item: worker_pb2.FrameItem, output: SequenceOutput, now: float) -> None:
+        """Close D's side of the ledger on the item that carries the first token."""
+        marks = self.marks
+        if marks.committed is None and output.started_at is not None:
+            serving = marks.serving_open if marks.serving_open is not None else output.started_at
+            ended = output.prefill_ended_at if output.prefill_ended_at is not None else output.started_at
+            marks.prefill_queue = output.started_at - serving
+            marks.prefill = ended - output.started_at
+            marks.committed = ended
+            self.cached_tokens = output.cached_tokens
+            self.route.blocks_reused = output.cached_tokens // BLOCK_TOKENS
+        item.ledger.CopyFrom(
+            marks.ledger(output.first_token_at if output.first_token_at is not None else now)
+        )
+        item.route.CopyFrom(self.route)
+
+
+def describe_failure(error: PdserveError) -> worker_pb2.Failure:
+    """An error as a request's last item carries it."""
+    return worker_pb2.Failure(
+        code=int(error.grpc_code),
+        message=error.message,
+        retriable=error.retriable,
+        retry_after_s=error.retry_after_s,
+    )
 
 
 def decode_route(record: WorkerRecord) -> inference_pb2.Route:

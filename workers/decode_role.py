@@ -18,41 +18,29 @@ from pdserve.core.clock import Clock
 from pdserve.core.config import EngineConfig, SessionConfig
 from pdserve.core.errors import (
     Cancelled,
+    ContextTooLong,
     DeadlineExceeded,
-    Overloaded,
     PdserveError,
-    Unavailable,
     WorkerLost,
     from_foreign,
 )
 from pdserve.core.lifecycle import Lifecycle
-from pdserve.core.types import (
-    BLOCK_TOKENS,
-    FinishReason,
-    Incarnation,
-    OwnerId,
-    RequestId,
-    SequenceId,
-    WorkerId,
-    blocks_for,
-    hit_limit,
-)
+from pdserve.core.request_limits import promise_blocks
+from pdserve.core.types import FinishReason, OwnerId, RequestId, SequenceId
 from pdserve.core.worker_record import WorkerRecord
-from pdserve.kvtransfer.handoff.consumer import (
-    Committed,
-    DecodeHandoffs,
-    HandoffAsk,
-    HandoffPeer,
-    NotServed,
-)
+from pdserve.kvtransfer.handoff.consumer import Committed, DecodeHandoffs
 from pdserve.kvtransfer.pool.pool import KvPool
 from pdserve.proto import worker_pb2
-from pdserve.workers.decode_request import DecodeAsk, DecodeRequest, PrefillCandidate, decode_route
+from pdserve.workers.candidate_walk import CandidateWalk
+from pdserve.workers.decode_request import DecodeAsk, DecodeRequest, decode_route, describe_failure
 from pdserve.workers.dispatch import OutputDispatcher
 from pdserve.workers.engine.messages import SequenceOutput, SequenceSpec
 from pdserve.workers.session_link import SessionLink
 
 log = logging.getLogger(__name__)
+
+RETRY_AFTER_S = 0.5
+"""What a refused router is told: promises come and go within about this time."""
 
 Observer = Callable[[Lifecycle, Mapping[str, object]], None]
 
@@ -75,13 +63,12 @@ class DecodeRole:
         self._record = record
         self._pool = pool
         self._dispatcher = dispatcher
-        self._handoffs = handoffs
+        self._candidates = CandidateWalk(record, pool, handoffs, clock, self._count)
         self._engine_config = engine_config
         self._session = session_config
         self._clock = clock
         self._observe = observer
         self._requests: dict[RequestId, DecodeRequest] = {}
-        self._timers: dict[RequestId, asyncio.TimerHandle] = {}
         self._ended = asyncio.Event()
         self.draining = False
         self.counters: dict[str, int] = {}
@@ -90,38 +77,48 @@ class DecodeRole:
     # -- what a session asks -------------------------------------------------------------------------
 
     def open(self, link: SessionLink, ask: DecodeAsk) -> worker_pb2.Replace | None:
-        """Start a request, or say at once why it must be placed elsewhere. A known id is an attach."""
-        if ask.request_id in self._requests:
+        """Start a request, or say at once why it must be placed elsewhere. A known id is an attach.
+
+        Raises ContextTooLong for what can never be promised here: no waiting helps.
+        """
+        known = self._requests.get(ask.request_id)
+        if known is not None and known.disowned:
+            # What it still holds, in the engine and in the pool, has the same names.
+            return self._replace(ask, "an earlier request with its id is still ending here")
+        if known is not None:
             self.attach(link, ask.request_id, 0)
             return None
         if self.draining:
             return worker_pb2.Replace(request_id=ask.request_id, reason="draining")
-        request = DecodeRequest(ask=ask, link=link, route=decode_route(self._record()))
-        needed = self._promise_blocks(ask)
+        needed, total = self._promise_blocks(ask), self._pool.counts().total
+        if needed > total:
+            raise ContextTooLong(
+                f"{len(ask.token_ids)} prompt tokens with their headroom need {needed} KV blocks, this "
+                f"worker's pool has {total}: shorten the prompt or raise engine.pool_blocks"
+            )
+        request = DecodeRequest(ask=ask, link=None, route=decode_route(self._record()))
         if not self._pool.promise(request.promise_owner, needed):
-            self._count("replaced")
-            counts = self._pool.counts()
-            reason = f"needs {needed} KV blocks; {counts.promised} of {counts.total} are promised to others"
-            return worker_pb2.Replace(request_id=ask.request_id, reason=reason, retry_after_s=0.5)
+            promised = self._pool.counts().promised
+            return self._replace(
+                ask, f"needs {needed} KV blocks; {promised} of {total} are promised to others"
+            )
         self._count("opened")
         self._requests[ask.request_id] = request
-        link.requests.add(ask.request_id)
+        request.listen(link)
         self._set_deadline(request)
         request.task = asyncio.create_task(self._serve(request), name=f"request-{ask.request_id}")
+        # In a callback: a task that is cancelled before its first step never runs a line of its own.
+        request.task.add_done_callback(partial(self._served, request))
         return None
 
     def attach(self, link: SessionLink, request_id: RequestId, next_index: int) -> None:
         """Move a request to `link` and send again what it has not seen."""
         request = self._requests.get(request_id)
-        if request is None:
+        if request is None or request.disowned:
             self.refuse_attach(link, request_id)
             return
         self._count("attached")
-        if request.link is not None:
-            request.link.requests.discard(request_id)
-        request.link = link
-        request.unacknowledged_since_detach = 0
-        link.requests.add(request_id)
+        request.listen(link)
         for item in request.missing_from(next_index):
             link.add_item(item)
         link.flush()
@@ -129,15 +126,22 @@ class DecodeRole:
     def refuse_attach(self, link: SessionLink, request_id: RequestId) -> None:
         """Tell a router that its request does not live here (any more)."""
         lost = WorkerLost(f"request {request_id} is not known here: its grace is over or it never began")
-        failure = worker_pb2.Failure(code=int(lost.grpc_code), message=lost.message, retriable=True)
-        link.add_item(worker_pb2.FrameItem(request_id=request_id, failure=failure))
+        link.add_item(worker_pb2.FrameItem(request_id=request_id, failure=describe_failure(lost)))
         link.flush()
 
-    def cancel(self, request_id: RequestId) -> None:
-        """The client left. Unknown ids are old news."""
+    def cancel(self, request_id: RequestId, *, tell: bool = True) -> None:
+        """The client left. Unknown ids are old news.
+
+        Without `tell` the router has forgotten the request already: it hears and acknowledges nothing, and
+        the id is free as soon as the request has ended.
+        """
         request = self._requests.get(request_id)
-        if request is not None:
-            self._abort(request, Cancelled(f"request {request_id} was cancelled"))
+        if request is None:
+            return
+        if not tell:
+            request.listen(None)
+            self._disown(request)
+        self._abort(request, Cancelled(f"request {request_id} was cancelled"))
 
     def acknowledge(self, request_id: RequestId) -> None:
         """The router has read the end: forget the request."""
@@ -147,12 +151,11 @@ class DecodeRole:
 
     def detach(self, link: SessionLink) -> None:
         """A session broke. Its requests go on for `reattach_s`; then those that nobody claimed end."""
-        loop = asyncio.get_running_loop()
         for request_id in list(link.requests):
             request = self._requests.get(request_id)
             if request is not None and request.link is link:
-                request.link = None
-                loop.call_later(self._session.reattach_s, self._reap, request)
+                request.listen(None)
+                self._await_claim(request)
         link.requests.clear()
 
     # -- draining and ending -------------------------------------------------------------------------
@@ -178,6 +181,12 @@ class DecodeRole:
             self._abort(request, error)
         return len(running)
 
+    def void(self, error: PdserveError) -> None:
+        """Another incarnation begins: end every request, and let no router claim one of the old."""
+        for request in list(self._requests.values()):
+            self._disown(request)
+            self._abort(request, error)
+
     def unfinished(self) -> int:
         """Requests that still run."""
         return sum(1 for request in self._requests.values() if not request.finished)
@@ -196,80 +205,27 @@ class DecodeRole:
     async def _serve(self, request: DecodeRequest) -> None:
         request.marks.first_open = self._clock.now()
         self._observe(Lifecycle.FIRST_OPEN, {"request": request.request_id})
-        try:
-            await self._walk(request)
-        except asyncio.CancelledError:
-            self._end(request, request.abort_reason or Cancelled("the worker is stopping"))
-        except Exception as error:
-            log.exception("request %s failed", request.request_id)
-            self._end(request, from_foreign(error))
+        committed, attempt = await self._candidates.walk(request)
+        if committed is None:
+            self._start_local(request, attempt)
+        else:
+            self._start_committed(request, committed, attempt)
 
-    async def _walk(self, request: DecodeRequest) -> None:
-        """Go through the candidates until one has served."""
-        me = self._record()
-        refusals: list[NotServed] = []
-        for attempt, candidate in enumerate(request.ask.candidates):
-            if candidate.worker == me.worker or self._holds_prompt(request.ask):
-                self._start_local(request, attempt)
-                return
-            request.marks.serving_open = self._clock.now()
-            owner = OwnerId(f"handoff/{request.request_id}/{attempt}")
-            try:
-                outcome = await self._handoffs.fetch(self._handoff_ask(request, owner), _peer(candidate))
-            except asyncio.CancelledError:
-                self._pool.release(owner)  # it may have committed in the moment of the cancel
-                raise
-            if isinstance(outcome, Committed):
-                self._start_committed(request, outcome, attempt)
-                return
-            refusals.append(outcome)
-            self._count(f"not_served_{outcome.reason}")
-            log.info(
-                "request %s: %s did not serve: %s", request.request_id, candidate.worker, outcome.message
-            )
-        raise _all_refused(refusals)
-
-    def _holds_prompt(self, ask: DecodeAsk) -> bool:
-        """Whether a handoff would move nothing worth a transfer: D computes the rest as a short prefill."""
-        limit = hit_limit(len(ask.token_ids))
-        return limit == 0 or self._pool.match(ask.chain[:limit]) >= limit
-
-    def _handoff_ask(self, request: DecodeRequest, owner: OwnerId) -> HandoffAsk:
-        ask = request.ask
-        remaining = None if ask.deadline is None else ask.deadline - self._clock.now()
-        return HandoffAsk(
-            request_id=ask.request_id,
-            token_ids=ask.token_ids,
-            chain=ask.chain,
-            remaining_s=remaining,
-            owner=owner,
-        )
+    def _served(self, request: DecodeRequest, task: "asyncio.Task[None]") -> None:
+        """The walk is over: the engine has the request, or it ends here."""
+        if task.cancelled():
+            self._end(request, request.abort_reason or WorkerLost("the worker is stopping: try again"))
+        elif (error := task.exception()) is not None:
+            known = isinstance(error, PdserveError)
+            log.warning("request %s failed", request.request_id, exc_info=None if known else error)
+            self._end(request, request.abort_reason or from_foreign(error))
 
     def _start_local(self, request: DecodeRequest, attempt: int) -> None:
-        me = self._record()
-        request.route.prefill_worker = me.worker
-        request.route.prefill_incarnation = me.incarnation
-        request.route.prefill_pid = me.pid
-        request.route.candidates_tried = attempt
-        request.marks.serving_open = self._clock.now()
+        request.served_by(self._record(), attempt, self._clock.now())
         self._submit(request, OwnerId(f"local/{request.request_id}"), 0)
 
     def _start_committed(self, request: DecodeRequest, done: Committed, attempt: int) -> None:
-        route = request.route
-        route.prefill_worker = done.prefill_worker
-        route.prefill_incarnation = done.prefill_incarnation
-        route.prefill_pid = done.prefill_pid
-        route.transport = done.transport
-        route.blocks_moved = done.blocks_moved
-        route.bytes_moved = done.bytes_moved
-        route.blocks_reused = done.blocks_reused
-        route.candidates_tried = attempt
-        marks = request.marks
-        marks.prefill_queue = done.prefill_queue_s
-        marks.prefill = done.prefill_s
-        marks.filled_seen = done.filled_seen_at
-        marks.committed = done.committed_at
-        request.cached_tokens = max(done.prefill_cached_tokens, done.blocks_reused * BLOCK_TOKENS)
+        request.committed(done, attempt)
         self._submit(request, done.owner, done.num_computed)
 
     def _submit(self, request: DecodeRequest, owner: OwnerId, num_computed: int) -> None:
@@ -292,45 +248,40 @@ class DecodeRole:
             raise
 
     def _on_output(self, request: DecodeRequest, output: SequenceOutput) -> None:
-        """One sequence's part of a step."""
+        """One sequence's part of a step. A defect in here ends this request and no other."""
+        try:
+            self._take(request, output)
+        except Exception as error:
+            log.exception("request %s: a step's output could not be taken", request.request_id)
+            if output.error is not None or output.finish_reason is not None:
+                request.sequence = None
+                self._end(request, from_foreign(error))
+            else:
+                self._abort(request, from_foreign(error))
+
+    def _take(self, request: DecodeRequest, output: SequenceOutput) -> None:
         if output.error is not None or output.finish_reason is FinishReason.ABORT:
             request.sequence = None
-            aborted = request.abort_reason or Cancelled("aborted")
+            aborted = request.abort_reason or WorkerLost("the engine is stopping: try again")
             self._end(request, output.error or aborted)
             return
         if not output.new_token_ids and not output.text and output.finish_reason is None:
             return
         item = worker_pb2.FrameItem(token_ids=output.new_token_ids, text=output.text)
         if output.first_index == 0:
-            self._describe_first(request, item, output)
+            request.describe_first(item, output, self._clock.now())
         for offset in range(len(output.new_token_ids)):
             index = output.first_index + offset
             self._observe(Lifecycle.TOKEN, {"request": request.request_id, "index": index})
         if output.finish_reason is None:
             request.emit(item)
             if request.unacknowledged_since_detach > self._session.unacknowledged_tokens:
-                self._abort(request, Cancelled("no router reads this request"))
+                bound = self._session.unacknowledged_tokens
+                self._abort(request, WorkerLost(f"no router read the last {bound} tokens of this request"))
         else:
             request.sequence = None
             request.finish(output.finish_reason, item)
             self._settle(request)
-
-    def _describe_first(
-        self, request: DecodeRequest, item: worker_pb2.FrameItem, output: SequenceOutput
-    ) -> None:
-        """Close D's side of the ledger on the item that carries the first token."""
-        first_token = output.first_token_at if output.first_token_at is not None else self._clock.now()
-        marks = request.marks
-        if marks.committed is None and output.started_at is not None:
-            serving = marks.serving_open if marks.serving_open is not None else output.started_at
-            ended = output.prefill_ended_at if output.prefill_ended_at is not None else output.started_at
-            marks.prefill_queue = output.started_at - serving
-            marks.prefill = ended - output.started_at
-            marks.committed = ended
-            request.cached_tokens = output.cached_tokens
-            request.route.blocks_reused = output.cached_tokens // BLOCK_TOKENS
-        item.ledger.CopyFrom(marks.ledger(first_token))
-        item.route.CopyFrom(request.route)
 
     # -- endings -------------------------------------------------------------------------------------
 
@@ -352,27 +303,38 @@ class DecodeRole:
 
     def _settle(self, request: DecodeRequest) -> None:
         """The request needs no memory any more. It is remembered until its end is acknowledged."""
+        if request.settled:
+            return
+        request.settled = True
         self._pool.unpromise(request.promise_owner)
-        timer = self._timers.pop(request.request_id, None)
-        if timer is not None:
-            timer.cancel()
-        self._observe(Lifecycle.FINISHED, {"request": request.request_id, "tokens": request.emitted})
+        request.stop_deadline()
         self._count("finished")
-        if request.link is None or request.link.broken:
-            asyncio.get_running_loop().call_later(self._session.reattach_s, self._reap, request)
         self._ended.set()
+        if request.disowned:
+            self._forget(request)
+        elif not request.is_heard:
+            self._await_claim(request)
+        self._observe(Lifecycle.FINISHED, {"request": request.request_id, "tokens": request.emitted})
+
+    def _await_claim(self, request: DecodeRequest) -> None:
+        """Give routers `reattach_s` from now, or from when the last one went, to attach."""
+        if request.grace_timer is None:
+            loop = asyncio.get_running_loop()
+            request.grace_timer = loop.call_later(self._session.reattach_s, self._reap, request)
 
     def _reap(self, request: DecodeRequest) -> None:
-        """The grace of a broken session is over."""
-        if request.link is not None and not request.link.broken:
-            return
-        if self._requests.get(request.request_id) is not request:
-            return
-        self._abort(request, Cancelled("its router did not come back"))
-        if request.finished:
+        """Nobody claimed it in time."""
+        request.grace_timer = None
+        self._disown(request)
+        self._abort(request, WorkerLost(f"request {request.request_id}: its router did not come back"))
+
+    def _disown(self, request: DecodeRequest) -> None:
+        request.disowned = True
+        if request.settled:
             self._forget(request)
 
     def _forget(self, request: DecodeRequest) -> None:
+        request.stop_grace()
         self._requests.pop(request.request_id, None)
         if request.link is not None:
             request.link.requests.discard(request.request_id)
@@ -383,29 +345,15 @@ class DecodeRole:
         remaining = max(0.0, request.ask.deadline - self._clock.now())
         error = DeadlineExceeded(f"request {request.request_id} passed its deadline at the decode worker")
         loop = asyncio.get_running_loop()
-        self._timers[request.request_id] = loop.call_later(remaining, self._abort, request, error)
+        request.deadline_timer = loop.call_later(remaining, self._abort, request, error)
 
     def _promise_blocks(self, ask: DecodeAsk) -> int:
-        """Blocks of the prompt and of as many completion tokens as a promise covers."""
-        headroom = min(ask.sampling.max_tokens, self._engine_config.headroom_tokens)
-        return blocks_for(len(ask.token_ids) + headroom)
+        headroom = self._engine_config.headroom_tokens
+        return promise_blocks(len(ask.token_ids), ask.sampling.max_tokens, headroom)
+
+    def _replace(self, ask: DecodeAsk, reason: str) -> worker_pb2.Replace:
+        self._count("replaced")
+        return worker_pb2.Replace(request_id=ask.request_id, reason=reason, retry_after_s=RETRY_AFTER_S)
 
     def _count(self, name: str) -> None:
         self.counters[name] = self.counters.get(name, 0) + 1
-
-
-def _peer(candidate: PrefillCandidate) -> HandoffPeer:
-    return HandoffPeer(WorkerId(candidate.worker), Incarnation(candidate.incarnation), candidate.endpoint)
-
-
-def _all_refused(refusals: list[NotServed]) -> PdserveError:
-    """What a request fails with when the last candidate did not serve it either."""
-    if not refusals:
-        return Unavailable("no prefill candidate was named: add a prefill or a mixed worker")
-    if any(refusal.reason == "deadline" for refusal in refusals):
-        return DeadlineExceeded(f"the deadline passed in the handoff: {refusals[-1].message}")
-    tried = "; ".join(refusal.message for refusal in refusals)
-    waits = [r.retry_after_s for r in refusals if r.retry_after_s is not None]
-    if all(refusal.reason == "rejected" for refusal in refusals):
-        return Overloaded(f"every prefill candidate refused: {tried}", retry_after_s=min(waits, default=0.5))
-    return WorkerLost(f"every prefill candidate failed: {tried}")

@@ -2,6 +2,7 @@
 
 A process that was stopped, or starved, for longer than a session lives has been given up by its peers:
 what it remembers is void. It must not go on under the old incarnation as if nothing had happened.
+The wait for redis is bounded below that time, so a redis that hangs is never taken for such a gap.
 """
 
 import asyncio
@@ -55,11 +56,15 @@ class Heartbeat:
                 await self._fence(
                     f"no heartbeat of its own for {now - last:.1f} s; the bound is {self._bound_s} s"
                 )
+                now = self._clock.now()  # a fence takes its time, too
             last = now
             try:
-                counts = await self._beat(self._load())
-            except IndexUnavailable as error:
+                async with asyncio.timeout(self._bound_s / 2):
+                    counts = await self._beat(self._load())
+                if not counts:
+                    await self._fence("a newer incarnation has taken its place")
+                    last = self._clock.now()
+            except (IndexUnavailable, TimeoutError) as error:
                 log.warning("heartbeat not delivered: %s", error)
-                continue
-            if not counts:
-                await self._fence("a newer incarnation has taken its place")
+            except Exception:
+                log.exception("a heartbeat failed")

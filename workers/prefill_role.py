@@ -74,7 +74,19 @@ class EngineFiller:
         finally:
             if not ended:
                 self._dispatcher.abort(sequence)
-                await asyncio.shield(_until_ended(outputs))
+                await _let_go(asyncio.ensure_future(_until_ended(outputs)))
+
+
+async def _let_go(ending: "asyncio.Future[None]") -> None:
+    """Wait for `ending` through any number of cancels, for the engine writes until then; pass them on."""
+    cancelled = False
+    while not ending.done():
+        try:
+            await asyncio.shield(ending)
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        raise asyncio.CancelledError
 
 
 async def _until_ended(outputs: "asyncio.Queue[SequenceOutput]") -> None:

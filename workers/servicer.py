@@ -1,17 +1,17 @@
 """The worker's gRPC face towards routers and the supervisor."""
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 import grpc
 
-from pdserve.core.errors import PdserveError
+from pdserve.core.errors import PdserveError, from_foreign
 from pdserve.core.types import RequestId
 from pdserve.proto import worker_pb2, worker_pb2_grpc
 from pdserve.workers.convert import decode_ask
+from pdserve.workers.decode_request import describe_failure
 from pdserve.workers.session_link import SessionLink
 
 if TYPE_CHECKING:
@@ -47,15 +47,21 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
             asyncio.create_task(self._read(link, request_iterator)),
             asyncio.create_task(self._beat(link)),
         ]
-        try:
-            while (message := await link.next_message()) is not None:
-                yield message
-        finally:
-            link.close()
+
+        def end(done: object = None) -> None:
+            link.cut()
             self._links.discard(link)
             for task in tasks:
                 task.cancel()
             worker.decode.detach(link)
+
+        # A call whose peer left can leave this generator suspended in its yield, without its `finally`.
+        context.add_done_callback(end)  # type: ignore[arg-type]  # the stub wants a class
+        try:
+            while (message := await link.next_message()) is not None:
+                yield message
+        finally:
+            end()
 
     async def Inspect(
         self, request: worker_pb2.InspectRequest, context: object
@@ -80,15 +86,25 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         return worker_pb2.SetRoleWeightResponse()
 
     def close_sessions(self) -> None:
-        """End every session; routers reconnect and read the incarnation anew."""
+        """End every session once its queue is written; routers reconnect and read the incarnation anew."""
         for link in list(self._links):
             link.close()
 
+    def break_sessions(self) -> None:
+        """End every session as a failing network would: what is queued is lost."""
+        for link in list(self._links):
+            link.cut()
+
     async def _read(self, link: SessionLink, messages: AsyncIterator[worker_pb2.SessionRequest]) -> None:
-        with contextlib.suppress(grpc.RpcError):
+        try:
             async for message in messages:
+                if link.broken:
+                    return  # what it says was meant for a session, maybe an incarnation, that is over
                 self._handle(link, message)
-        link.close()
+        except grpc.RpcError as error:
+            log.info("the session with %s broke: %s", link.router, error)
+        finally:
+            link.close()
 
     def _handle(self, link: SessionLink, message: worker_pb2.SessionRequest) -> None:
         decode = self._worker.decode
@@ -98,17 +114,22 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         elif kind == "attach":
             self._attach(link, message.attach)
         elif kind == "cancel":
-            decode.cancel(RequestId(message.cancel.request_id))
+            decode.cancel(RequestId(message.cancel.request_id), tell=False)
         elif kind == "ack":
             decode.acknowledge(RequestId(message.ack.request_id))
         elif kind == "hello":
             link.router = message.hello.router
 
     def _open(self, link: SessionLink, message: worker_pb2.OpenRequest) -> None:
+        """Whatever is wrong with one Open is said to its sender, and is nobody else's business."""
         try:
-            replace = self._worker.decode.open(link, decode_ask(message, self._worker.clock))
-        except PdserveError as error:
-            failure = worker_pb2.Failure(code=int(error.grpc_code), message=error.message)
+            ask = decode_ask(message, self._worker.clock)
+            self._worker.limits.check(ask)
+            replace = self._worker.decode.open(link, ask)
+        except Exception as error:
+            if not isinstance(error, PdserveError):
+                log.exception("request %s could not be opened", message.request_id)
+            failure = describe_failure(from_foreign(error))
             link.add_item(worker_pb2.FrameItem(request_id=message.request_id, failure=failure))
             link.flush()
             return

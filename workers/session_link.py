@@ -37,19 +37,25 @@ class SessionLink:
             return
         self._messages.append(message)
         if len(self._messages) > MAX_BACKLOG:
-            self.close()
+            self.cut()
         self._wake.set()
 
     def close(self) -> None:
-        """No more messages; the writer ends."""
+        """Take no more messages; the writer ends when it has written what is queued. Idempotent."""
+        self.flush()
         self.broken = True
         self._wake.set()
 
+    def cut(self) -> None:
+        """As `close`, and what is queued is lost, as it is when the peer went away."""
+        self.broken = True
+        self._items = []
+        self._messages.clear()
+        self._wake.set()
+
     async def next_message(self) -> worker_pb2.SessionResponse | None:
-        """The next message to write; None when the link is closed."""
+        """The next message to write; None when the link is closed and empty."""
         while not self._messages and not self.broken:
             self._wake.clear()
             await self._wake.wait()
-        if self.broken:
-            return None
-        return self._messages.popleft()
+        return self._messages.popleft() if self._messages else None

@@ -8,6 +8,7 @@ gRPC Handoff ──► HandoffServicer ──► EngineFiller                   
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import os
@@ -29,6 +30,7 @@ from pdserve.kvtransfer.transports.ladder import ImporterCache, make_exporters
 from pdserve.proto import handoff_pb2_grpc, worker_pb2, worker_pb2_grpc
 from pdserve.workers import convert
 from pdserve.workers.announcements import Announcements
+from pdserve.workers.decode_limits import DecodeLimits
 from pdserve.workers.decode_role import DecodeRole
 from pdserve.workers.dispatch import OutputDispatcher
 from pdserve.workers.engine.client import ThreadEngineClient
@@ -67,7 +69,8 @@ class Worker:
             load=self.load,
             snapshot=lambda: self.pool.names(),
             fence=self.fence,
-            fence_after_s=spec.session.reattach_s,
+            # A session that is never kept is no reason to fence at each hiccup.
+            fence_after_s=max(spec.session.reattach_s, spec.session.silence_s),
             clock=self.clock,
         )
         self.pool = KvPool(
@@ -79,7 +82,7 @@ class Worker:
         )
         self._perf = PerfModel()
         self.engine = seams.engine(self._make_engine(model, seams))
-        self.dispatcher = OutputDispatcher(self.engine)
+        self.dispatcher = OutputDispatcher(self.engine, self._engine_failed)
         self.handoffs = self._make_handoffs(seams)
         self.prefill = self._make_prefill(seams)
         self.decode = DecodeRole(
@@ -92,6 +95,9 @@ class Worker:
             clock=self.clock,
             observer=seams.observer,
         )
+        self.limits = DecodeLimits.of(self._record)
+        self._failure: PdserveError | None = None
+        self._failed = asyncio.Event()
         self._servicer = WorkerServicer(self)
         worker_pb2_grpc.add_WorkerServicer_to_server(self._servicer, self._server)
         handoff_pb2_grpc.add_HandoffServicer_to_server(self.prefill, self._server)
@@ -113,28 +119,37 @@ class Worker:
         await self._announcements.start()
         log.info("ready as %s at %s", self.incarnation, self._record.endpoint)
 
+    async def failed(self) -> PdserveError:
+        """Wait until this worker can serve no more, if ever: its engine ended. Returns why."""
+        await self._failed.wait()
+        assert self._failure is not None  # set before the event
+        return self._failure
+
     async def stop(self) -> None:
-        """Leave the cluster, end what runs, give all memory back."""
-        await self._announcements.stop()
-        self.decode.fail_all(WorkerLost(f"worker {self.spec.worker} is stopping: try again"))
-        await self.decode.until_idle(STOP_GRACE_S)
-        self._servicer.close_sessions()
-        await self._server.stop(STOP_GRACE_S)
-        await self.handoffs.close()
-        await self.prefill.close()
-        await self.engine.stop()
-        await self.dispatcher.stop()
-        self.storage.close()
-        log.info("stopped")
+        """Leave the cluster, end what runs, give all memory back. A step that fails stops no other."""
+        self._take_nothing_new()
+        async with contextlib.AsyncExitStack() as steps:  # last in, first out
+            steps.callback(log.info, "stopped")
+            steps.callback(self.storage.close)
+            steps.push_async_callback(self.dispatcher.stop)
+            steps.push_async_callback(self.engine.stop)
+            steps.push_async_callback(self.prefill.close)
+            steps.push_async_callback(self.handoffs.close)
+            steps.push_async_callback(self._server.stop, STOP_GRACE_S)
+            steps.callback(self._servicer.close_sessions)
+            steps.push_async_callback(self._end_requests)
+            steps.push_async_callback(self._announcements.stop)
 
     async def drain(self, grace_s: float) -> int:
         """Take nothing new; finish exposed handoffs and streams within `grace_s`, then fail the rest.
 
         Returns how many requests failed, as retriable.
         """
-        self._record = dataclasses.replace(self._record, draining=True)
+        self._take_nothing_new()
         await self._announce()
         failed, _ = await asyncio.gather(self.decode.drain(grace_s), self.prefill.until_idle(grace_s))
+        self.prefill.abort_all(f"{self.spec.worker} was drained")
+        await asyncio.gather(self.decode.until_idle(STOP_GRACE_S), self.prefill.until_idle(STOP_GRACE_S))
         return failed
 
     async def set_role_weight(self, weight: float) -> None:
@@ -145,14 +160,14 @@ class Worker:
 
     def break_sessions(self) -> None:
         """End every session, as a failing network would; routers come back and attach."""
-        self._servicer.close_sessions()
+        self._servicer.break_sessions()
 
     async def fence(self, reason: str) -> None:
         """This incarnation counts no more: end its requests, be another one, announce the cache anew."""
         old = self._record
         self._record = dataclasses.replace(old, incarnation=new_incarnation())
         log.warning("incarnation %s is over, %s follows: %s", old.incarnation, self.incarnation, reason)
-        self.decode.fail_all(WorkerLost(f"worker {self.spec.worker} was away: {reason}"))
+        self.decode.void(WorkerLost(f"worker {self.spec.worker} was away: {reason}"))
         self.prefill.abort_all(reason)
         self.handoffs.abort_all(reason)
         self._servicer.close_sessions()
@@ -222,6 +237,7 @@ class Worker:
             clock=self.clock,
             observer=seams.observer,
             transferred=self._transferred,
+            relieve=lambda blocks: self.prefill.relieve(blocks),
         )
 
     def _make_prefill(self, seams: Seams) -> HandoffServicer:
@@ -238,6 +254,22 @@ class Worker:
             clock=self.clock,
             observer=seams.observer,
         )
+
+    def _take_nothing_new(self) -> None:
+        self._record = dataclasses.replace(self._record, draining=True)
+        self.decode.draining = True
+
+    async def _end_requests(self) -> None:
+        self.decode.fail_all(WorkerLost(f"worker {self.spec.worker} is stopping: try again"))
+        await self.decode.until_idle(STOP_GRACE_S)
+
+    def _engine_failed(self, error: PdserveError) -> None:
+        """All sequences have failed by now; only a new process has a new engine."""
+        self._take_nothing_new()
+        self.handoffs.abort_all(error.message)
+        self.prefill.abort_all(error.message)
+        self._failure = error
+        self._failed.set()
 
     def _progress(self) -> int:
         return self.engine.stats().progress

@@ -12,10 +12,12 @@ from pdserve.core.channel_options import CHANNEL_OPTIONS
 from pdserve.core.clock import Clock
 from pdserve.core.config import HandoffConfig
 from pdserve.core.errors import InternalError, InvalidRequest
+from pdserve.core.perfmodel import PerfModel
 from pdserve.core.types import HandoffId
 from pdserve.core.worker_record import WorkerRecord
 from pdserve.kvtransfer.handoff.ask import Committed, HandoffAsk, HandoffPeer, NotServed
-from pdserve.kvtransfer.handoff.decode_attempt import DecodeAttempt, DecodeSite, Importers
+from pdserve.kvtransfer.handoff.decode_attempt import DecodeAttempt
+from pdserve.kvtransfer.handoff.decode_site import DecodeSite, Importers
 from pdserve.kvtransfer.handoff.events import Cancelled
 from pdserve.kvtransfer.handoff.reservations import Reservations
 from pdserve.kvtransfer.handoff.shell import Observer
@@ -48,10 +50,13 @@ class DecodeHandoffs:
         observer: Observer | None = None,
         transferred: Callable[[int, float, str], object] | None = None,
         relieve: Callable[[int], object] | None = None,
+        perf: PerfModel | None = None,
     ) -> None:
         """`progress` counts this worker's work. `transferred` is told (bytes, seconds, transport) of every
         chunk that landed. `relieve(blocks)` is called at every heartbeat while a reservation has to wait: it
-        is HandoffServicer.relieve on a worker that also prefills.
+        is HandoffServicer.relieve on a worker that also prefills. With `perf`, the model that learns from
+        those transfers, blocks are taken as late as the transfer allows while the pool is tight; without it
+        at the first chunk.
         """
         self._site = DecodeSite(
             record=record,
@@ -65,6 +70,7 @@ class DecodeHandoffs:
             observer=observer,
             transferred=transferred or (lambda num_bytes, seconds, transport: None),
             reservations=Reservations(pool, relieve),
+            perf=perf,
         )
         self._numbers = itertools.count(1)
         self._attempts: dict[HandoffId, DecodeAttempt] = {}
@@ -76,7 +82,8 @@ class DecodeHandoffs:
     @property
     def counters(self) -> dict[str, int]:
         """Totals since start: handoffs_committed, one per Outcome, aborted_in_<state>, digest_mismatches,
-        reservations_refused, silent_peers, defects.
+        reservations_deferred (handoffs that chose to wait), reservations_refused (tries), silent_peers,
+        defects.
         """
         return dict(self._site.counters)
 
@@ -130,8 +137,11 @@ class DecodeHandoffs:
     def check_integrity(self) -> None:
         """Raise InternalError where the pool keeps blocks for handoffs that do not exist, or the reverse."""
         self._site.pool.check_integrity()
+        if self._attempts:
+            return
+        self._site.reservations.check_idle()
         counts = self._site.pool.counts()
-        if not self._attempts and (counts.reserved or counts.loading or counts.quarantined):
+        if counts.reserved or counts.loading or counts.quarantined:
             raise InternalError(f"no handoff is in flight, but the pool says {counts}")
 
     def _start(self, ask: HandoffAsk, peer: HandoffPeer) -> DecodeAttempt:

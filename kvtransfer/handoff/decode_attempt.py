@@ -2,81 +2,31 @@
 
 import asyncio
 import logging
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import grpc
 
-from pdserve.core.clock import Clock
-from pdserve.core.config import HandoffConfig
 from pdserve.core.errors import from_foreign
 from pdserve.core.lifecycle import Lifecycle
-from pdserve.core.types import (
-    BLOCK_TOKENS,
-    BlockId,
-    HandoffId,
-    Incarnation,
-    RequestId,
-    WorkerId,
-    blocks_for,
-)
-from pdserve.core.worker_record import WorkerRecord
-from pdserve.kvtransfer.digest import DIGEST_BYTES, verify
+from pdserve.core.types import HandoffId, RequestId
 from pdserve.kvtransfer.handoff import events as ev
 from pdserve.kvtransfer.handoff import instructions as do
 from pdserve.kvtransfer.handoff import wire
 from pdserve.kvtransfer.handoff.ask import Committed, HandoffAsk, HandoffPeer, NotServed
 from pdserve.kvtransfer.handoff.decode_side import DECODE_TABLE, DecodeHandoff
-from pdserve.kvtransfer.handoff.reservations import Reservations
-from pdserve.kvtransfer.handoff.shell import Observer, Shell
-from pdserve.kvtransfer.handoff.states import Outcome
-from pdserve.kvtransfer.pool.pool import KvPool
-from pdserve.kvtransfer.pool.storage import KvStorage
-from pdserve.kvtransfer.transports.base import Failed, Grant, Importer, Landed, Offer, Segment
+from pdserve.kvtransfer.handoff.decode_site import DecodeSite, Importers
+from pdserve.kvtransfer.handoff.heard import Heard
+from pdserve.kvtransfer.handoff.landing import Landing
+from pdserve.kvtransfer.handoff.patience import Patience
+from pdserve.kvtransfer.handoff.shell import Shell
+from pdserve.kvtransfer.handoff.states import DecodeState, Outcome
+from pdserve.kvtransfer.transports.base import Failed, Grant, Importer, Landed
 from pdserve.proto import handoff_pb2 as pb
 from pdserve.proto import handoff_pb2_grpc
 
+__all__ = ["DecodeAttempt", "DecodeSite", "Importers"]
+
 _log = logging.getLogger(__name__)
-
-
-class Importers(Protocol):
-    """Who has the importer for a peer; see transports/ladder.py."""
-
-    async def get(
-        self, worker: WorkerId, incarnation: Incarnation, offers: Sequence[Offer]
-    ) -> Importer | None: ...
-
-    async def close(self) -> None: ...
-
-
-@dataclass(slots=True)
-class DecodeSite:
-    """What all handoffs of one decode worker share."""
-
-    record: Callable[[], WorkerRecord]
-    """Who this worker is now: its incarnation changes when it is fenced."""
-    pool: KvPool
-    storage: KvStorage
-    importers: Importers
-    transports: tuple[str, ...]
-    """Those that D accepts, best first."""
-    config: HandoffConfig
-    progress: Callable[[], int]
-    """A counter that moves while this worker gets on."""
-    clock: Clock
-    observer: Observer | None
-    transferred: Callable[[int, float, str], object]
-    """Told (bytes, seconds, transport) of every chunk that landed."""
-    reservations: Reservations
-    counters: Counter[str] = field(default_factory=Counter)
-    epochs: int = 0
-
-    @property
-    def digest_bytes(self) -> int | None:
-        """Bytes of digests per block, None where none are wanted."""
-        return self.storage.layout.segments_per_block * DIGEST_BYTES if self.config.digest else None
 
 
 class DecodeAttempt(Shell[DecodeHandoff, pb.DecodeMessage]):
@@ -100,20 +50,19 @@ class DecodeAttempt(Shell[DecodeHandoff, pb.DecodeMessage]):
         self._ask = ask
         self._peer = peer
         self.result: asyncio.Future[Committed | NotServed] = asyncio.get_running_loop().create_future()
-        site.epochs += 1
-        self._epoch = site.epochs
-        self._opened: wire.OpenedReply | None = None
-        self._filled: wire.FilledReply | None = None
-        self._filled_seen_at = 0.0
-        self._chunks: list[wire.Chunk] = []
+        self._heard = Heard(peer, ask.positions, site.digest_bytes)
+        self._patience = Patience(site, ask, self)
         self._importer: Importer | None = None
-        self._table: tuple[BlockId, ...] = ()
-        self._fetches: set[asyncio.Task[Landed | Failed]] = set()
+        self._landing: Landing | None = None
+        self._fetches: dict[ev.Part, asyncio.Task[Landed | Failed]] = {}
         self._blocks_moved = 0
         self._bytes_moved = 0
 
     def start(self, channel: grpc.aio.Channel) -> None:
-        """Open the stream and ask."""
+        """Open the stream and ask; nothing, where the caller gave up before."""
+        if self.ended.is_set():
+            return
+        self._site.reservations.expect(self, self._ask.blocks)
         self._start_timers(self._ask.remaining_s)
         self.feed(ev.Started())
         self._spawn(self._converse(channel))
@@ -151,7 +100,12 @@ class DecodeAttempt(Shell[DecodeHandoff, pb.DecodeMessage]):
             _log.debug("handoff %s cannot send: %s", self.handoff, error)
 
     def _receive(self, message: pb.PrefillMessage) -> None:
-        """One message of P as one event."""
+        """One message of P as one event; heartbeats are none. What comes behind the end is not read."""
+        if self.over.is_set():
+            return
+        if message.WhichOneof("message") == "heartbeat":
+            self.watch.progressed(message.heartbeat.progress, self.clock.now())
+            return
         try:
             event = self._understand(message)
         except ValueError as error:
@@ -159,54 +113,28 @@ class DecodeAttempt(Shell[DecodeHandoff, pb.DecodeMessage]):
         except Exception as error:
             self._defect(error)
             return
-        if event is not None:
-            self.feed(event)
+        self.feed(event)
+        if self._site.reservations.is_deferred(self) and not self._patience.holds_back(self._transport):
+            self.feed(ev.MemoryFreed())
 
-    def _understand(self, message: pb.PrefillMessage) -> object | None:
-        match message.WhichOneof("message"):
-            case "opened":
-                return self._hear_opened(wire.unpack_opened(message.opened))
-            case "rejected":
-                return ev.Rejected(*wire.unpack_rejected(message.rejected))
-            case "chunk":
-                return self._hear_chunk(wire.unpack_chunk(message.chunk, self._site.digest_bytes))
-            case "filled":
-                return self._hear_filled(wire.unpack_filled(message.filled))
-            case "released":
-                return ev.Released(wire.unpack_released(message.released))
-            case "aborted":
-                return ev.PeerAborted(message.aborted.reason)
-            case "source_failed":
-                return ev.SourceFailed(message.source_failed.seq, message.source_failed.reason)
-            case "heartbeat":
-                self.watch.progressed(message.heartbeat.progress, self.clock.now())
-                return None
-        raise ValueError("a message without content")
-
-    def _hear_opened(self, reply: wire.OpenedReply) -> object:
-        if reply.incarnation != self._peer.incarnation:
-            return ev.Violation(f"P is {reply.incarnation}, asked was {self._peer.incarnation}")
-        self._opened = reply
-        return ev.Opened()
-
-    def _hear_chunk(self, chunk: wire.Chunk) -> object:
-        valid = min(BLOCK_TOKENS, self._ask.positions - BLOCK_TOKENS * (chunk.end - 1))
-        if chunk.last_valid_tokens != valid:
-            return ev.Violation(f"chunk {chunk.seq} ends in {chunk.last_valid_tokens} tokens, not in {valid}")
-        self._chunks.append(chunk)
-        return ev.ChunkReady(chunk.seq, chunk.first, chunk.end)
-
-    def _hear_filled(self, reply: wire.FilledReply) -> object:
-        self._filled = reply
-        self._filled_seen_at = self.clock.now()
-        self._observe(Lifecycle.FILLED_SEEN)
-        return ev.Filled(reply.chunks, reply.tokens)
+    def _understand(self, message: pb.PrefillMessage) -> object:
+        now = self.clock.now()
+        event = self._heard.hear(message, now)
+        match event:
+            case ev.Opened():
+                self._patience.opened(now, message.opened.estimate_s, message.opened.cached_blocks)
+            case ev.ChunkReady(end=end):
+                self._patience.announced(now, end)
+            case ev.Filled():
+                self._patience.filled(now)
+                self._observe(Lifecycle.FILLED_SEEN)
+        return event
 
     def _heartbeat(self) -> pb.DecodeMessage:
         return wire.pack_decode_heartbeat(self._site.progress() + self.beats)
 
     def _peer_works(self) -> bool:
-        return self._opened is not None and self._filled is None
+        return self._heard.working
 
     def _on_beat(self) -> None:
         if self.machine.wants_memory:
@@ -224,7 +152,7 @@ class DecodeAttempt(Shell[DecodeHandoff, pb.DecodeMessage]):
                 self._reserve()
             case do.SendGrant(seq):
                 assert self._importer is not None  # granted only when connected
-                self._send(wire.pack_grant(self._grant(seq), self._importer.transport))
+                self._send(wire.pack_grant(self._grant_of(seq), self._importer.transport))
             case do.Fetch(seq, rank):
                 self._fetch(seq, rank)
             case do.Verify(seq, rank):
@@ -238,7 +166,7 @@ class DecodeAttempt(Shell[DecodeHandoff, pb.DecodeMessage]):
                 self._commit()
             case do.Quarantine():
                 self._site.pool.release(self._ask.owner)
-                for task in self._fetches:
+                for task in self._fetches.values():
                     task.cancel()
             case do.FreeBlocks():
                 self._site.pool.release(self._ask.owner)
@@ -248,6 +176,10 @@ class DecodeAttempt(Shell[DecodeHandoff, pb.DecodeMessage]):
                 self._finish(NotServed(outcome, reason, retry_after_s))
             case _:
                 raise ValueError(f"no instruction of D's: {instruction}")
+
+    @property
+    def _transport(self) -> str | None:
+        return None if self._importer is None else self._importer.transport
 
     def _open_request(self) -> wire.OpenRequest:
         ask, site, record = self._ask, self._site, self._site.record()
@@ -267,16 +199,15 @@ class DecodeAttempt(Shell[DecodeHandoff, pb.DecodeMessage]):
         )
 
     async def _connect(self) -> None:
-        assert self._opened is not None  # asked for by Opened
+        assert self._heard.opened is not None  # asked for by Opened
+        offers = self._heard.opened.offers
         try:
-            importer = await self._site.importers.get(
-                self._peer.worker, self._peer.incarnation, self._opened.offers
-            )
+            importer = await self._site.importers.get(self._peer.worker, self._peer.incarnation, offers)
         except Exception as error:
             self.feed(ev.ConnectFailed(f"no transport to {self._peer.worker}: {from_foreign(error)}"))
             return
         if importer is None:
-            offered = [offer.transport for offer in self._opened.offers]
+            offered = [offer.transport for offer in offers]
             self.feed(
                 ev.ConnectFailed(
                     f"no transport to {self._peer.worker}: it offers {offered}, "
@@ -287,52 +218,45 @@ class DecodeAttempt(Shell[DecodeHandoff, pb.DecodeMessage]):
         self._importer = importer
         self.feed(ev.Connected())
 
+    # Memory
+
     def _reserve(self) -> None:
-        """Pin the prefix that is here, take all the rest, or take nothing."""
-        pool, ask = self._site.pool, self._ask
-        if not self._site.reservations.may_try(self):
+        """Pin the prefix that is here and take all the rest; or take nothing, and ask again."""
+        site, ask = self._site, self._ask
+        if self._patience.holds_back(self._transport) or not site.reservations.may_try(self):
             self.feed(ev.ReserveRefused())
             return
-        reused = len(pool.acquire_prefix(ask.owner, ask.names))
-        if pool.reserve(ask.owner, ask.blocks - reused) is None:
-            self._site.reservations.give_back(ask.owner)
+        reused = len(site.pool.acquire_prefix(ask.owner, ask.names))
+        if site.pool.reserve(ask.owner, ask.blocks - reused) is None:
+            site.reservations.give_back(ask.owner)
             self.counters["reservations_refused"] += 1
-            self._site.reservations.wait(self, ask.blocks)
+            site.reservations.wait(self, ask.blocks)
             self.feed(ev.ReserveRefused())
             return
-        self._site.reservations.leave(self)
-        self._table = pool.table(ask.owner)
-        self._observe(Lifecycle.RESERVED, blocks=len(self._table), reused=reused)
+        site.reservations.leave(self)
+        site.epochs += 1
+        table = site.pool.table(ask.owner)
+        self._landing = Landing(self.handoff, site.epochs, ask.positions, table, reused, site.storage)
+        self._observe(Lifecycle.RESERVED, blocks=len(table), reused=reused)
         self.feed(ev.BlocksReserved(reused))
 
-    def _grant(self, seq: int) -> Grant:
-        chunk, reused = self._chunks[seq], self.machine.reused
-        last = blocks_for(self._ask.positions) - 1
-        segments = tuple(
-            Segment(
-                source,
-                generation,
-                self._table[index],
-                chunk.last_valid_tokens if index == last else BLOCK_TOKENS,
-            )
-            for index, (source, generation) in enumerate(
-                zip(chunk.blocks, chunk.generations, strict=True), chunk.first
-            )
-            if index >= reused
-        )
-        return Grant(self.handoff, self._epoch, seq, segments)
+    # Copies
+
+    def _grant_of(self, seq: int) -> Grant:
+        assert self._landing is not None  # granted only when reserved
+        return self._landing.grant(self._heard.chunks[seq])
 
     def _fetch(self, seq: int, rank: int) -> None:
         assert self._importer is not None  # granted only when connected
-        grant = self._grant(seq)
+        grant = self._grant_of(seq)
         self._site.pool.start_loading(self._ask.owner, [segment.destination for segment in grant.segments])
-        self._fetches.add(
-            self._spawn(self._importer.fetch(grant), lambda done: self._fetched(done, seq, rank))
+        self._fetches[seq, rank] = self._spawn(
+            self._importer.fetch(grant), lambda done: self._fetched(done, seq, rank)
         )
 
     def _fetched(self, task: "asyncio.Task[Landed | Failed]", seq: int, rank: int) -> None:
         """The transport reported: no late write can follow."""
-        self._fetches.discard(task)
+        del self._fetches[seq, rank]
         if task.cancelled():
             self.feed(ev.ChunkFailed(seq, rank, "the fetch was called off"))
         elif (error := task.exception()) is not None:
@@ -341,15 +265,17 @@ class DecodeAttempt(Shell[DecodeHandoff, pb.DecodeMessage]):
             self.feed(ev.ChunkFailed(seq, rank, report.reason))
         else:
             self._bytes_moved += report.num_bytes
+            # First the machine, which waits for this: whatever the listener does with the numbers.
+            self.feed(ev.ChunkLanded(seq, rank))
             if self._importer is not None:
                 self._site.transferred(report.num_bytes, report.seconds, self._importer.transport)
-            self.feed(ev.ChunkLanded(seq, rank))
 
     async def _check(self, seq: int, rank: int) -> None:
         """Digests of what landed. The blocks count as loading until they are checked."""
-        grant = self._grant(seq)
+        assert self._landing is not None  # landed only where reserved
+        chunk, grant = self._heard.chunks[seq], self._grant_of(seq)
         try:
-            damage = await asyncio.to_thread(self._find_damage, grant, self._chunks[seq])
+            damage = await asyncio.to_thread(self._landing.find_damage, chunk, grant)
             if damage is None and not self.over.is_set():
                 self._note_landed(grant)
         except Exception as error:
@@ -360,45 +286,32 @@ class DecodeAttempt(Shell[DecodeHandoff, pb.DecodeMessage]):
         if damage is None:
             self.feed(ev.ChunkVerified(seq, rank))
             return
+        said = f"what landed from {self._peer.worker} is damaged: {damage}"
         if not self.over.is_set():
             self.counters["digest_mismatches"] += 1
-            _log.error("handoff %s of request %s: %s", self.handoff, self.request, damage)
-        self.feed(ev.ChunkMismatched(seq, rank, damage))
+            _log.error("handoff %s of request %s: %s", self.handoff, self.request, said)
+        self.feed(ev.ChunkMismatched(seq, rank, said))
 
     def _note_landed(self, grant: Grant) -> None:
         self._blocks_moved += len(grant.segments)
         self._site.pool.landed(self._ask.owner, [segment.destination for segment in grant.segments])
         self._observe(Lifecycle.CHUNK_LANDED, seq=grant.seq, blocks=len(grant.segments))
 
-    def _find_damage(self, grant: Grant, chunk: wire.Chunk) -> str | None:
-        """In a thread: what is wrong with the landed bytes, None if nothing is."""
-        size, digests = self._site.digest_bytes, chunk.digests
-        if size is None or digests is None:
-            return None
-        skipped = len(chunk.blocks) - len(grant.segments)
-        for at, segment in enumerate(grant.segments, skipped):
-            block = self._site.storage.read_blocks([segment.destination])[0]
-            expected = digests[at * size : (at + 1) * size]
-            bad = verify(block, self._site.storage.layout, segment.valid_tokens, expected)
-            if bad is not None:
-                part = "V" if bad.is_value else "K"
-                where = f"{part} of layer {bad.layer}, head {bad.head}, block {chunk.first + at}"
-                return f"what landed from {self._peer.worker} is damaged: {where} of the prompt"
-        return None
-
     # Endings
 
     def _commit(self) -> None:
-        pool, ask = self._site.pool, self._ask
-        pool.commit(ask.owner)
-        reused = self.machine.reused
-        for block, name in zip(self._table[reused : len(ask.names)], ask.names[reused:], strict=True):
-            pool.name(ask.owner, block, name)
-        assert self._opened is not None  # VERIFIED comes after all three
-        assert self._filled is not None
+        pool, ask, heard, landing = self._site.pool, self._ask, self._heard, self._landing
+        # VERIFIED comes after all of them.
+        assert heard.opened is not None
+        assert heard.filled is not None
+        assert landing is not None
         assert self._importer is not None
+        pool.commit(ask.owner)
+        reused = landing.reused
+        for block, name in zip(landing.table[reused : len(ask.names)], ask.names[reused:], strict=True):
+            pool.name(ask.owner, block, name)
         self.counters["handoffs_committed"] += 1
-        self._observe(Lifecycle.COMMITTED, blocks=len(self._table), reused=reused)
+        self._observe(Lifecycle.COMMITTED, blocks=len(landing.table), reused=reused)
         self._finish(
             Committed(
                 owner=ask.owner,
@@ -407,14 +320,14 @@ class DecodeAttempt(Shell[DecodeHandoff, pb.DecodeMessage]):
                 blocks_moved=self._blocks_moved,
                 bytes_moved=self._bytes_moved,
                 blocks_reused=reused,
-                prefill_queue_s=self._filled.prefill_queue_s,
-                prefill_s=self._filled.prefill_s,
-                prefill_cached_tokens=self._filled.cached_tokens,
-                filled_seen_at=self._filled_seen_at,
+                prefill_queue_s=heard.filled.prefill_queue_s,
+                prefill_s=heard.filled.prefill_s,
+                prefill_cached_tokens=heard.filled.cached_tokens,
+                filled_seen_at=heard.filled_at,
                 committed_at=self.clock.now(),
-                prefill_worker=self._opened.worker,
-                prefill_incarnation=self._opened.incarnation,
-                prefill_pid=self._opened.pid,
+                prefill_worker=heard.opened.worker,
+                prefill_incarnation=heard.opened.incarnation,
+                prefill_pid=heard.opened.pid,
             )
         )
 
@@ -428,19 +341,18 @@ class DecodeAttempt(Shell[DecodeHandoff, pb.DecodeMessage]):
         self._site.reservations.leave(self)
 
     def _defect(self, error: Exception) -> None:
-        _log.error(
-            "handoff %s of request %s is broken, its story: %s",
-            self.handoff,
-            self.request,
-            self.story,
-            exc_info=error,
-        )
-        self.counters["defects"] += 1
-        self._site.reservations.leave(self)
+        self._log_defect(error)
         self._finish(NotServed(Outcome.FAILED, f"a defect of this worker: {from_foreign(error)}"))
-        if self.machine.state in ("aborted", "drained"):
+        if self.machine.state is DecodeState.COMMITTED:
+            # The commit itself failed: a caller who hears of no blocks owns none.
+            if not isinstance(self.result.result(), Committed):
+                self._site.pool.release(self._ask.owner)
+        elif self.machine.state in (DecodeState.ABORTED, DecodeState.DRAINED):
             # Blocks that a transport may write stay in quarantine: losing them is better than sharing them.
             self._site.pool.release(self._ask.owner)
             self._break()
         elif not self.machine.terminal:
             self.feed(ev.Cancelled("a defect of D"))
+            for seq, rank in sorted(self.machine.writing - self._fetches.keys()):
+                # Granted in the step that broke: nobody else will say that it is over.
+                self.feed(ev.ChunkFailed(seq, rank, "the fetch never began"))

@@ -321,14 +321,7 @@ class PrefillSession(Shell[PrefillHandoff, pb.PrefillMessage]):
             exporter.forget(self.handoff)
 
     def _defect(self, error: Exception) -> None:
-        _log.error(
-            "handoff %s of request %s is broken, its story: %s",
-            self.handoff,
-            self.request,
-            self.story,
-            exc_info=error,
-        )
-        self.counters["defects"] += 1
+        self._log_defect(error)
         if self.machine.state in (PrefillState.ABORTED, PrefillState.DRAINED):
             # Whoever may still touch the blocks keeps them: losing them is better than sharing them.
             self._break()

@@ -159,6 +159,16 @@ class Shell(ABC, Generic[M, Out]):
         self._deadline = asyncio.get_running_loop().call_later(bound, self.feed, DeadlinePassed())
         self._spawn(self._beat())
 
+    def _log_defect(self, error: Exception) -> None:
+        _log.error(
+            "handoff %s of request %s is broken, its story: %s",
+            self.handoff,
+            self.request,
+            self.story,
+            exc_info=error,
+        )
+        self.counters["defects"] += 1
+
     def _break(self) -> None:
         """Even giving up failed: nothing more is done for this handoff."""
         self._broken = True

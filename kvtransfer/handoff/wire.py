@@ -10,7 +10,7 @@ from pdserve.kvtransfer.pool.layout import KvLayout
 from pdserve.kvtransfer.transports.base import Grant, Offer, Segment
 from pdserve.proto import handoff_pb2 as pb
 
-_SCHEMA_PREFIX = "schema: "
+_REJECTIONS = (Outcome.REJECTED, Outcome.SCHEMA)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,16 +183,17 @@ def unpack_opened(message: pb.HandoffOpened) -> OpenedReply:
 
 
 def pack_rejected(outcome: Outcome, reason: str, retry_after_s: float | None) -> pb.PrefillMessage:
-    """`outcome` SCHEMA tells D that this pair can never work; any other says REJECTED."""
-    said = _SCHEMA_PREFIX + reason if outcome is Outcome.SCHEMA else reason
-    return pb.PrefillMessage(rejected=pb.HandoffRejected(reason=said, retry_after_s=retry_after_s))
+    """`outcome` SCHEMA tells D that this pair can never work, REJECTED that it does not now."""
+    rejected = pb.HandoffRejected(reason=reason, retry_after_s=retry_after_s, outcome=outcome.value)
+    return pb.PrefillMessage(rejected=rejected)
 
 
 def unpack_rejected(message: pb.HandoffRejected) -> tuple[Outcome, str, float | None]:
-    retry_after_s = message.retry_after_s if message.HasField("retry_after_s") else None
-    if message.reason.startswith(_SCHEMA_PREFIX):
-        return Outcome.SCHEMA, message.reason.removeprefix(_SCHEMA_PREFIX), retry_after_s
-    return Outcome.REJECTED, message.reason, retry_after_s
+    """Raises ValueError for an outcome that is no rejection."""
+    outcome = Outcome(message.outcome)
+    if outcome not in _REJECTIONS:
+        raise ValueError(f"outcome {message.outcome!r} is not one of {[str(one) for one in _REJECTIONS]}")
+    return outcome, message.reason, message.retry_after_s if message.HasField("retry_after_s") else None
 
 
 def pack_chunk(chunk: Chunk) -> pb.PrefillMessage:

@@ -26,19 +26,22 @@ async def in_flight(client: AsyncClient, cases: Sequence[Reference], tokens: int
 
 
 async def sampled(client: AsyncClient, cases: Sequence[Reference], tokens: int) -> list[tuple[int, ...]]:
-    """Seeded sampling at temperature 0.8."""
-    results = []
-    for number, case in enumerate(cases):
-        result = await client.generate(
-            token_ids=case.prompt,
-            max_tokens=tokens,
-            temperature=0.8,
-            top_p=0.95,
-            seed=1000 + number,
-            ignore_eos=True,
-        )
-        results.append(result.token_ids)
-    return results
+    """Seeded sampling at temperature 0.8, at most IN_FLIGHT at once."""
+    gate = asyncio.Semaphore(IN_FLIGHT)
+
+    async def one(number: int, case: Reference) -> tuple[int, ...]:
+        async with gate:
+            result = await client.generate(
+                token_ids=case.prompt,
+                max_tokens=tokens,
+                temperature=0.8,
+                top_p=0.95,
+                seed=1000 + number,
+                ignore_eos=True,
+            )
+        return result.token_ids
+
+    return list(await asyncio.gather(*(one(number, case) for number, case in enumerate(cases))))
 
 
 def assert_equal_to_references(results: Sequence[Result], cases: Sequence[Reference], tokens: int) -> None:

@@ -54,15 +54,17 @@ class Stack:
         self.client: AsyncClient | None = None
         self._closing = contextlib.AsyncExitStack()
 
-    async def add_worker(self, name: str, role: Role, seams: Seams | None = None) -> Worker:
-        """Start a worker and wait until the router sees it."""
+    async def add_worker(
+        self, name: str, role: Role, seams: Seams | None = None, engine: EngineConfig | None = None
+    ) -> Worker:
+        """Start a worker and wait until the router sees it. `engine`: instead of what all workers have."""
         config = self.config
         spec = WorkerSpec(
             worker=name,
             role=str(role),
             model=config.model,
             dtype=config.dtype,
-            engine=config.engine,
+            engine=engine or config.engine,
             handoff=config.handoff,
             session=config.session,
             index=config.index,
@@ -160,12 +162,13 @@ async def stack(
     *,
     seams: Mapping[str, Seams] | None = None,
     router: RouterSeams | None = None,
+    engines: Mapping[str, EngineConfig] | None = None,
 ) -> AsyncIterator[Stack]:
     """A running stack; everything is stopped, and was at rest, at the end of the block."""
     running = Stack(config)
     try:
         for name, role in workers.items():
-            await running.add_worker(name, role, (seams or {}).get(name))
+            await running.add_worker(name, role, (seams or {}).get(name), (engines or {}).get(name))
         await running.start_router(router or RouterSeams())
         await running.until_ready(list(workers))
         yield running

@@ -13,9 +13,9 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from pdserve.core.errors import ConfigError, InvalidRequest
+from pdserve.core.gguf_header import GgufHeader
 from pdserve.core.text import ChatMessage, Tokenizer
 from pdserve.core.text.chat_template import ChatTemplate
-from pdserve.core.gguf_header import GgufHeader
 
 TEXTS = [
     "",

@@ -12,9 +12,10 @@ import grpc
 import numpy as np
 
 from pdserve.core.channel_options import SERVER_OPTIONS
-from pdserve.core.clock import MonotonicClock
+from pdserve.core.clock import Clock, MonotonicClock
 from pdserve.core.config import HandoffConfig
 from pdserve.core.lifecycle import Lifecycle
+from pdserve.core.perfmodel import PerfModel
 from pdserve.core.types import (
     BLOCK_TOKENS,
     BlockId,
@@ -90,12 +91,16 @@ class KnownFiller:
         self.side = side
         self.chunk_tokens = chunk_tokens
         self.gate: Callable[[int], asyncio.Future[None] | None] = lambda step: None
+        self.gates: dict[int, Callable[[int], asyncio.Future[None] | None]] = {}
+        """Instead of `gate`, for prompts that begin with a given token."""
+        self.estimate_s: float | None = None
         self.fail_at: int | None = None
         self.stop_at: int | None = None
         self.ended: list[OwnerId] = []
 
     def estimate(self, new_tokens: int, cached_tokens: int) -> FillEstimate:
-        return FillEstimate(seconds=new_tokens / 1000, queue_position=0)
+        seconds = new_tokens / 1000 if self.estimate_s is None else self.estimate_s
+        return FillEstimate(seconds=seconds, queue_position=0)
 
     async def fill(
         self, owner: OwnerId, token_ids: Sequence[int], chain: Sequence[BlockName]
@@ -109,7 +114,7 @@ class KnownFiller:
             started = clock.now()
             computed, step = cached * BLOCK_TOKENS, 0
             while True:
-                waiting = self.gate(step)
+                waiting = self.gates.get(token_ids[0], self.gate)(step)
                 if waiting is not None:
                     await waiting
                 if self.fail_at == step:
@@ -182,11 +187,13 @@ class HeldImporters:
         self._inner = inner
         self._wrap = wrap
         self._wrapped: dict[int, Importer] = {}
+        self.given = 0
 
     async def get(
         self, worker: WorkerId, incarnation: Incarnation, offers: Sequence[Offer]
     ) -> Importer | None:
         importer = await self._inner.get(worker, incarnation, offers)
+        self.given += 1
         if importer is None:
             return None
         if id(importer) not in self._wrapped:
@@ -306,8 +313,11 @@ class Rig:
         prefill_config: HandoffConfig | None = None,
         schema: bytes = SCHEMA,
         defects: int = 0,
+        perf: PerfModel | None = None,
+        decode_clock: Clock | None = None,
     ) -> None:
         """`defects`: how many a test makes on purpose."""
+        self._perf, self._decode_clock = perf, decode_clock or MonotonicClock()
         self._defects = defects
         self.p, self.d = Side(prefill_blocks), Side(decode_blocks)
         self.filler = KnownFiller(self.p)
@@ -360,19 +370,20 @@ class Rig:
         handoff_pb2_grpc.add_HandoffServicer_to_server(self.servicer, self.server)
         self.port = self.server.add_insecure_port("127.0.0.1:0")
         await self.server.start()
+        cache = ImporterCache(self.d.storage, allowed, timeout_s=5.0)
+        self.importer_source = HeldImporters(cache, self._wrap_importer)
         self.handoffs = DecodeHandoffs(
             record=lambda: self.record(Role.DECODE),
             pool=self.d.pool,
             storage=self.d.storage,
-            importers=HeldImporters(
-                ImporterCache(self.d.storage, allowed, timeout_s=5.0), self._wrap_importer
-            ),
+            importers=self.importer_source,
             config=self._config,
             progress=self._moving,
-            clock=MonotonicClock(),
+            clock=self._decode_clock,
             observer=self.trail,
             transferred=lambda *transfer: self.transfers.append(transfer),
             relieve=lambda blocks: self.relieve(blocks),
+            perf=self._perf,
         )
         return self
 

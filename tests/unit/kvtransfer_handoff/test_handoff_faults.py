@@ -3,14 +3,14 @@
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 import pytest
 from handoff_rig import QUICK, HeldExporter, HeldImporter, Rig, Wire
 
 from pdserve.core.lifecycle import Lifecycle
-from pdserve.core.types import OwnerId
+from pdserve.core.types import BlockId, OwnerId
 from pdserve.kvtransfer.handoff.consumer import Committed, HandoffAsk, NotServed
 from pdserve.kvtransfer.handoff.states import Outcome
 from pdserve.kvtransfer.transports.base import Exporter
@@ -376,7 +376,16 @@ async def test_a_restarted_worker_does_not_answer_for_the_old_one() -> None:
         await rig.at_rest()
 
 
-@pytest.mark.parametrize("event", [Lifecycle.FILLED_SEEN, Lifecycle.RESERVED, Lifecycle.CHUNK_LANDED])
+@pytest.mark.parametrize(
+    "event",
+    [
+        Lifecycle.FILLED_SEEN,
+        Lifecycle.RESERVED,
+        Lifecycle.CHUNK_LANDED,
+        Lifecycle.VERIFIED,
+        Lifecycle.COMMITTED,
+    ],
+)
 async def test_a_defect_of_d_fails_its_handoff_alone(event: Lifecycle) -> None:
     async with Rig(defects=1) as rig:
         rig.trail.hooks[event] = _break
@@ -402,6 +411,56 @@ async def test_a_defect_of_p_fails_its_handoff_alone() -> None:
         assert rig.p.pool.counts().held == 0
         rig.prefill_trail.hooks.clear()
         assert isinstance(await rig.handoffs.fetch(rig.ask(PROMPT), rig.peer()), Committed)
+
+
+async def test_a_defect_between_two_grants_leaves_no_copy_to_wait_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a backlog, the first copy has begun and the others never do."""
+    async with Rig(defects=1) as rig:
+        squatter = OwnerId("squatter")
+        assert rig.d.pool.allocate(squatter, 32) is not None
+        ask = rig.ask(PROMPT)
+        task = asyncio.create_task(rig.handoffs.fetch(ask, rig.peer()))
+        await rig.trail.wait(Lifecycle.FILLED_SEEN)
+        start, started = rig.d.pool.start_loading, []
+
+        def start_one(owner: OwnerId, blocks: Sequence[BlockId]) -> None:
+            started.append(blocks)
+            if len(started) == 2:
+                raise RuntimeError("broken on purpose")
+            start(owner, blocks)
+
+        monkeypatch.setattr(rig.d.pool, "start_loading", start_one)
+        rig.d.pool.release(squatter)
+        result = await task
+        assert isinstance(result, NotServed)
+        assert result.reason is Outcome.FAILED
+        await rig.at_rest()
+        assert rig.handoffs.in_flight() == 0
+        assert empty(rig, ask)
+
+
+async def test_numbers_that_nobody_can_take_fail_no_handoff() -> None:
+    async with Rig() as rig:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+        rig.transfers = None  # type: ignore[assignment]
+        ask = rig.ask(PROMPT)
+        assert isinstance(await rig.handoffs.fetch(ask, rig.peer()), Committed)
+        rig.assert_content(ask)
+
+
+async def test_an_abort_before_the_first_message_opens_no_stream() -> None:
+    async with Rig() as rig:
+        task = asyncio.create_task(rig.handoffs.fetch(rig.ask(PROMPT), rig.peer()))
+        await asyncio.sleep(0)
+        rig.handoffs.abort_all("fenced")
+        result = await task
+        assert isinstance(result, NotServed)
+        assert result.reason is Outcome.CANCELLED
+        await rig.at_rest()
+        assert rig.prefill_trail.events == []
+        assert rig.servicer.counters == {}
 
 
 def _break(facts: object) -> None:

@@ -10,6 +10,7 @@ from pdserve.kvtransfer.handoff.export_queue import ExportQueue
 from pdserve.kvtransfer.handoff.states import Outcome, ReleaseStatus
 from pdserve.kvtransfer.handoff.watch import PeerWatch
 from pdserve.kvtransfer.transports.base import Grant, Offer, Segment
+from pdserve.proto import handoff_pb2 as pb
 
 
 def test_silence_is_suspect_after_its_bound() -> None:
@@ -122,6 +123,12 @@ def test_answers_survive_the_wire() -> None:
 )
 def test_rejections_survive_the_wire(rejection: tuple[Outcome, str, float | None]) -> None:
     assert wire.unpack_rejected(wire.pack_rejected(*rejection).rejected) == rejection
+
+
+@pytest.mark.parametrize("outcome", ["", "cancelled", "no such"])
+def test_a_rejection_says_which_kind_it_is(outcome: str) -> None:
+    with pytest.raises(ValueError):
+        wire.unpack_rejected(pb.HandoffRejected(reason="busy", outcome=outcome))
 
 
 def test_offers_are_cut_to_what_was_asked() -> None:

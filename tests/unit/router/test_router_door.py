@@ -1,9 +1,12 @@
 """The door: what is refused, with the limit in the message."""
 
+import dataclasses
+
 import pytest
 from router_views import record
 
 from pdserve.core.errors import ContextTooLong, InvalidRequest, Unavailable, UnknownModel
+from pdserve.core.request_limits import check_sampling, check_tokens, promise_blocks
 from pdserve.core.text.chat_template import ChatMessage
 from pdserve.core.types import Role, SamplingParams
 from pdserve.router import validation
@@ -40,19 +43,19 @@ def test_a_prompt_past_the_limit_names_both_numbers(prompt: Prompt) -> None:
 )
 def test_sampling_out_of_range_is_refused(wrong: SamplingParams) -> None:
     with pytest.raises(InvalidRequest, match="must be"):
-        validation.check_sampling(wrong)
+        check_sampling(wrong)
 
 
 def test_sampling_within_its_range_passes() -> None:
-    validation.check_sampling(SamplingParams(max_tokens=1, temperature=2.0, top_p=1.0, top_k=40))
+    check_sampling(SamplingParams(max_tokens=1, temperature=2.0, top_p=1.0, top_k=40))
 
 
 def test_tokens_are_checked_against_the_vocabulary() -> None:
-    validation.check_tokens([0, 511], 512)
+    check_tokens([0, 511], 512)
     with pytest.raises(InvalidRequest, match=r"512.*0 to 511"):
-        validation.check_tokens([1, 512], 512)
+        check_tokens([1, 512], 512)
     with pytest.raises(InvalidRequest, match="no tokens"):
-        validation.check_tokens([], 512)
+        check_tokens([], 512)
 
 
 def test_models_are_listed_when_another_is_asked_for() -> None:
@@ -76,17 +79,25 @@ def test_past_the_context_the_request_is_refused(prompt: int, asked: bool) -> No
         validation.bound_completion(SamplingParams(max_tokens=10), asked, prompt, LIMITS)
 
 
-def test_what_fits_no_pool_is_refused_with_both_numbers() -> None:
-    validation.check_fits(80, 8, LIMITS)
-    with pytest.raises(ContextTooLong, match=r"9 blocks.*8 blocks"):
-        validation.check_fits(60, 9, LIMITS)
+def test_a_completion_past_the_decode_pool_is_refused_with_both_numbers() -> None:
+    roomy = dataclasses.replace(LIMITS, context_tokens=1000)
+    fits = validation.bound_completion(SamplingParams(max_tokens=49), True, 80, roomy)
+    assert fits.max_tokens == 49  # the KV of the last token is never needed: 128 positions
+    with pytest.raises(ContextTooLong, match=r"80 \+ 50 tokens.*8 blocks of 16"):
+        validation.bound_completion(SamplingParams(max_tokens=50), True, 80, roomy)
+    assert validation.bound_completion(SamplingParams(), False, 80, roomy).max_tokens == 49
+
+
+def test_a_prompt_that_fits_no_prefill_pool_is_refused_with_both_numbers() -> None:
+    validation.check_prefill(81, LIMITS)
     with pytest.raises(ContextTooLong, match=r"6 blocks to prefill.*5 blocks"):
-        validation.check_fits(82, 6, LIMITS)
+        validation.check_prefill(82, LIMITS)
 
 
 def test_a_promise_covers_the_prompt_and_the_headroom_at_most() -> None:
-    assert validation.promise_blocks(16, 1000, 32) == 3
-    assert validation.promise_blocks(16, 4, 32) == 2
+    assert promise_blocks(16, 1000, 32) == 3
+    assert promise_blocks(16, 4, 32) == 2
+    assert promise_blocks(16, 1, 32) == 1
 
 
 @pytest.mark.parametrize("name", ["x" * 129, "a\nb"])

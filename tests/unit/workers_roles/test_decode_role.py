@@ -198,23 +198,25 @@ class Rig:
 
 @pytest.mark.parametrize(
     ("max_tokens", "covered"),
-    [(8, 8), (HEADROOM, HEADROOM), (1000, HEADROOM)],
+    [(8, 7), (HEADROOM, HEADROOM - 1), (1000, HEADROOM)],
     ids=["short", "equal", "long"],
 )
 async def test_a_promise_is_the_prompt_and_the_headroom_before_anybody_is_asked(
     max_tokens: int, covered: int
 ) -> None:
+    """The last token of a completion needs no room. 73 + 7 tokens fill their blocks to the brim."""
     rig = Rig(None)
-    assert rig.open(max_tokens=max_tokens) is None
-    assert rig.pool.counts().promised == blocks_for(70 + covered)
+    assert rig.open(tokens=73, max_tokens=max_tokens) is None
+    assert rig.pool.counts().promised == blocks_for(73 + covered)
     assert rig.handoffs.asked == []  # the promise came first
+    await rig.handoffs.begun.wait()
     rig.role.cancel(RequestId("r"))
     await rig.until_ended()
     rig.assert_nothing_left()
 
 
 async def test_what_cannot_be_promised_is_refused_at_once_and_queues_nothing() -> None:
-    rig = Rig(None, None, None, None)
+    rig = Rig(*[None] * 5)
     opened = 0
     while (replace := rig.open(f"r{opened}")) is None:
         opened += 1
@@ -224,12 +226,18 @@ async def test_what_cannot_be_promised_is_refused_at_once_and_queues_nothing() -
     assert str(POOL_BLOCKS) in replace.reason
     assert replace.retry_after_s > 0
     assert rig.role.in_flight() == opened
+    async with asyncio.timeout(5):
+        while len(rig.handoffs.asked) < opened:
+            await asyncio.sleep(0)
     # Memory that comes back serves who asks then, not who was refused.
     rig.role.cancel(RequestId("r0"))
     async with asyncio.timeout(5):
         while rig.role.unfinished() == opened:
             await asyncio.sleep(0)
     assert rig.open("later") is None
+    async with asyncio.timeout(5):
+        while len(rig.handoffs.asked) <= opened:
+            await asyncio.sleep(0)
     rig.role.fail_all(WorkerLost("over"))
     await rig.until_ended()
     rig.assert_nothing_left()
@@ -396,3 +404,34 @@ async def test_tokens_without_a_router_are_bounded() -> None:
     rig.engine.emit(spec.sequence_id, bound, (5,))
     assert rig.role.unfinished() == 0
     rig.assert_nothing_left()
+
+
+@pytest.mark.parametrize("how", ["cancel", "deadline", "drain"])
+async def test_an_end_in_the_moment_of_the_open_gives_the_promise_back(how: str) -> None:
+    """Before the request's task has made its first step."""
+    rig = Rig(None)
+    rig.open(deadline=MonotonicClock().now() - 1.0 if how == "deadline" else None)
+    if how == "cancel":
+        rig.role.cancel(RequestId("r"))
+    elif how == "drain":
+        rig.role.fail_all(WorkerLost("over"))
+    await rig.until_ended()
+    assert rig.items()[-1].HasField("failure")
+    rig.assert_nothing_left()
+
+
+async def test_every_break_of_a_session_has_its_own_grace() -> None:
+    rig = Rig("ok", reattach_s=0.4)
+    rig.open()
+    spec = await rig.until_submitted()
+    rig.role.detach(rig.link)
+    await asyncio.sleep(0.3)  # 0.1 s are left of the first grace
+    rig.link = SessionLink("router")
+    rig.role.attach(rig.link, RequestId("r"), 0)
+    rig.role.detach(rig.link)
+    await asyncio.sleep(0.2)  # past the end of the first, within the second
+    assert rig.role.unfinished() == 1
+    rig.link = SessionLink("router")
+    rig.role.attach(rig.link, RequestId("r"), 0)
+    rig.engine.emit(spec.sequence_id, 0, (5,), FinishReason.LENGTH)
+    assert rig.items()[-1].finish_reason == "length"

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from stack import stack, tiny_config
 
+from pdserve.client import AsyncChunkStream
 from pdserve.cluster.redis_server import RedisServer
 from pdserve.core.errors import WorkerLost
 from pdserve.core.types import Role
@@ -14,6 +15,11 @@ from pdserve.kvtransfer.index.link import RedisLink
 from pdserve.kvtransfer.index.redis_index import RedisIndex
 
 PROMPT = "What was said before the fence is void, what is held is not. " * 2
+
+
+async def read_on(stream: AsyncChunkStream) -> None:
+    while await stream.read() is not None:
+        pass
 
 
 async def test_a_fenced_worker_fails_its_streams_and_announces_its_cache_anew(
@@ -32,8 +38,7 @@ async def test_a_fenced_worker_fails_its_streams_and_announces_its_cache_anew(
 
         assert worker.incarnation != old
         with pytest.raises(WorkerLost) as lost:
-            while await stream.read() is not None:
-                pass
+            await read_on(stream)
         assert lost.value.retriable
         await running.settled()
         link = RedisLink(redis.url, config.index.cluster)
