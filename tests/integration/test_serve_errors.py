@@ -1,6 +1,7 @@
 """`pdserve serve` when things go wrong: one line that says why, and nothing left running."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -131,3 +132,5 @@ def test_a_killed_supervisor_takes_its_workers_and_its_redis_along(tiny_model: P
     while any(alive(pid) for pid in pids):
         assert time.monotonic() < deadline, [pid for pid in pids if alive(pid)]
         time.sleep(0.05)
+    for session in Path("/tmp").glob(f"pdserve-ray-*/session_*_{served.popen.pid}"):
+        shutil.rmtree(session.parent)  # files are all that a killed supervisor leaves
