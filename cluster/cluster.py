@@ -211,8 +211,9 @@ def _require_free_port(router: RouterConfig) -> None:
         family = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0][0]
         socket.create_server(address, family=family).close()
     except OSError as error:
-        known = error.errno is not None and error.errno > 0
-        why = os.strerror(error.errno) if known else error.strerror
+        # A host that cannot be resolved has a number of getaddrinfo's.
+        of_system = error.errno is not None and not isinstance(error, socket.gaierror)
+        why = os.strerror(error.errno or 0) if of_system else error.strerror
         raise ConfigError(
             f"cannot listen on {router.host}:{router.grpc_port} ({why}): choose another "
             "router.host or router.grpc_port; port 0 picks a free one"

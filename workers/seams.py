@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from pdserve.core.lifecycle import Lifecycle
-from pdserve.kvtransfer.handoff.decode_attempt import Importers
+from pdserve.kvtransfer.handoff.decode_site import Importers
 from pdserve.kvtransfer.handoff.filler import Filler
 from pdserve.kvtransfer.transports.base import Exporter
 from pdserve.workers.engine.messages import EngineClient

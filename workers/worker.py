@@ -238,6 +238,7 @@ class Worker:
             observer=seams.observer,
             transferred=self._transferred,
             relieve=lambda blocks: self.prefill.relieve(blocks),
+            perf=self._perf,
         )
 
     def _make_prefill(self, seams: Seams) -> HandoffServicer:

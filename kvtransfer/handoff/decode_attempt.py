@@ -14,7 +14,7 @@ from pdserve.kvtransfer.handoff import instructions as do
 from pdserve.kvtransfer.handoff import wire
 from pdserve.kvtransfer.handoff.ask import Committed, HandoffAsk, HandoffPeer, NotServed
 from pdserve.kvtransfer.handoff.decode_side import DECODE_TABLE, DecodeHandoff
-from pdserve.kvtransfer.handoff.decode_site import DecodeSite, Importers
+from pdserve.kvtransfer.handoff.decode_site import DecodeSite
 from pdserve.kvtransfer.handoff.heard import Heard
 from pdserve.kvtransfer.handoff.landing import Landing
 from pdserve.kvtransfer.handoff.patience import Patience
@@ -23,8 +23,6 @@ from pdserve.kvtransfer.handoff.states import DecodeState, Outcome
 from pdserve.kvtransfer.transports.base import Failed, Grant, Importer, Landed
 from pdserve.proto import handoff_pb2 as pb
 from pdserve.proto import handoff_pb2_grpc
-
-__all__ = ["DecodeAttempt", "DecodeSite", "Importers"]
 
 _log = logging.getLogger(__name__)
 
