@@ -15,7 +15,7 @@ from pdserve.cluster.cluster import Cluster
 from pdserve.cluster.signals import run_until_signal
 from pdserve.core.config import ServeConfig
 
-PROMPT = "Explain in three sentences why serving a language model has a prefill and a decode phase."
+PROMPT = "What is the capital of France, and what is it known for?"
 MAX_TOKENS = 96
 WARM_UP_PROMPT = "The quick brown fox jumps over the lazy dog. " * 4
 """Pays for connections and cold caches; it shares no block with the prompt, so nothing is reused."""
