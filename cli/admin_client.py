@@ -8,6 +8,7 @@ import grpc
 
 from pdserve.client import Client
 from pdserve.client.errors import from_rpc_error
+from pdserve.core.channel_options import CHANNEL_OPTIONS
 from pdserve.core.errors import Unavailable
 from pdserve.proto import admin_pb2 as pb
 from pdserve.proto.admin_pb2_grpc import AdminStub
@@ -15,6 +16,12 @@ from pdserve.proto.admin_pb2_grpc import AdminStub
 Response = TypeVar("Response")
 
 FIND_TIMEOUT_S = 10.0
+ANSWER_TIMEOUT_S = 15.0
+"""For what the supervisor does at once."""
+START_TIMEOUT_S = 400.0
+"""For a worker that loads its model."""
+GRACE_TIMEOUT_S = 3600.0
+"""For a drain, whose grace the server bounds; keepalive notices a server that is gone."""
 
 
 def find_admin(target: str) -> str:
@@ -30,7 +37,7 @@ class AdminClient:
     """One connection to the membership service; a context manager. Raises PdserveError."""
 
     def __init__(self, admin: str) -> None:
-        self._channel = grpc.insecure_channel(admin)
+        self._channel = grpc.insecure_channel(admin, options=CHANNEL_OPTIONS)
         self._stub = AdminStub(self._channel)
 
     def __enter__(self) -> Self:
@@ -42,30 +49,31 @@ class AdminClient:
         self._channel.close()
 
     def list_members(self) -> tuple[pb.Member, ...]:
-        return tuple(_call(self._stub.ListMembers, pb.ListMembersRequest()).members)
+        return tuple(_call(self._stub.ListMembers, pb.ListMembersRequest(), ANSWER_TIMEOUT_S).members)
 
     def add(self, role: str, model: str) -> pb.Member:
         """Start a worker; returns once it is ready."""
-        return _call(self._stub.AddMember, pb.AddMemberRequest(role=role, model=model)).member
+        request = pb.AddMemberRequest(role=role, model=model)
+        return _call(self._stub.AddMember, request, START_TIMEOUT_S).member
 
     def drain(self, worker: str, grace_s: float | None) -> int:
         """No new placements; returns how many requests outlived the grace and failed."""
         request = pb.DrainMemberRequest(worker=worker, grace_s=grace_s)
-        return _call(self._stub.DrainMember, request).failed_requests
+        return _call(self._stub.DrainMember, request, GRACE_TIMEOUT_S).failed_requests
 
     def remove(self, worker: str, grace_s: float | None) -> int:
         """Drain, then end the worker; returns how many requests outlived the grace and failed."""
         request = pb.RemoveMemberRequest(worker=worker, grace_s=grace_s)
-        return _call(self._stub.RemoveMember, request).failed_requests
+        return _call(self._stub.RemoveMember, request, GRACE_TIMEOUT_S).failed_requests
 
     def set_role_weight(self, worker: str, role_weight: float) -> None:
         """1 prefills only, 0 decodes only; running sequences stay."""
         request = pb.SetMemberRoleWeightRequest(worker=worker, role_weight=role_weight)
-        _call(self._stub.SetMemberRoleWeight, request)
+        _call(self._stub.SetMemberRoleWeight, request, ANSWER_TIMEOUT_S)
 
 
-def _call(method: Callable[[Any], Response], request: Any) -> Response:
+def _call(method: Callable[..., Response], request: Any, timeout_s: float) -> Response:
     try:
-        return method(request)
+        return method(request, timeout=timeout_s)
     except grpc.RpcError as error:
         raise from_rpc_error(error) from error

@@ -175,7 +175,11 @@ class AsyncChunkStream:
             if delay is not None:
                 await asyncio.sleep(delay)
                 if not self._cancelled:
-                    self._call = self._begin()
+                    try:
+                        self._call = self._begin()
+                    except PdserveError as passed:
+                        self._error = passed
+                        raise
                     self._messages = aiter(self._call)
                 return
         elif error.grpc_code == GrpcCode.UNAVAILABLE:

@@ -5,13 +5,14 @@ from typing import Any
 import grpc
 
 from pdserve.client.values import Partial
-from pdserve.core.errors import InternalError, PdserveError, WorkerLost, from_wire
-
-RETRIABLE_KEY = "retriable"
-"""Trailing metadata, `true` or `false`: whether the same request may succeed when sent again."""
-
-RETRY_AFTER_KEY = "retry-after-s"
-"""Trailing metadata: seconds to wait before the next attempt."""
+from pdserve.core.errors import (
+    RETRIABLE_KEY,
+    RETRY_AFTER_KEY,
+    InternalError,
+    PdserveError,
+    WorkerLost,
+    from_wire,
+)
 
 
 class StreamLost(WorkerLost):

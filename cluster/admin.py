@@ -1,15 +1,15 @@
 """pdserve.v1.Admin: the supervisor's face, on loopback."""
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import NoReturn
 
 import grpc
 
 from pdserve.cluster.members import Member
 from pdserve.cluster.supervisor import Supervisor
-from pdserve.core.errors import InvalidRequest, UnknownModel, from_foreign
+from pdserve.core.errors import InvalidRequest, UnknownModel
 from pdserve.core.types import Role
 from pdserve.proto import admin_pb2, admin_pb2_grpc
+from pdserve.router.status import abort
 from pdserve.workers.spec import ROLE_WEIGHTS
 
 Context = grpc.aio.ServicerContext[object, object]
@@ -42,9 +42,13 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
     ) -> admin_pb2.AddMemberResponse:
         try:
             member = await self._supervisor.add(_role(request.role), self._served(request.model))
-            await self._until_seen([member])
+            try:
+                await self._until_seen([member])
+            except BaseException:
+                await self._supervisor.remove(member.worker, 0.0)  # or each try would leave one more
+                raise
         except Exception as error:
-            await _abort(context, error)
+            await abort(context, error)
         return admin_pb2.AddMemberResponse(member=_member(member))
 
     async def DrainMember(
@@ -54,7 +58,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         try:
             failed = await self._supervisor.drain(request.worker, grace)
         except Exception as error:
-            await _abort(context, error)
+            await abort(context, error)
         return admin_pb2.DrainMemberResponse(failed_requests=failed)
 
     async def RemoveMember(
@@ -64,7 +68,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         try:
             failed = await self._supervisor.remove(request.worker, grace)
         except Exception as error:
-            await _abort(context, error)
+            await abort(context, error)
         return admin_pb2.RemoveMemberResponse(failed_requests=failed)
 
     async def SetMemberRoleWeight(
@@ -73,7 +77,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         try:
             await self._supervisor.set_role_weight(request.worker, request.role_weight)
         except Exception as error:
-            await _abort(context, error)
+            await abort(context, error)
         return admin_pb2.SetMemberRoleWeightResponse()
 
     def _served(self, model: str) -> str:
@@ -104,10 +108,3 @@ def _member(member: Member) -> admin_pb2.Member:
         message.endpoint = member.record.endpoint
         message.pid = member.record.pid
     return message
-
-
-async def _abort(context: Context, error: Exception) -> NoReturn:
-    ours = from_foreign(error)
-    codes = {code.value[0]: code for code in grpc.StatusCode}
-    await context.abort(codes[int(ours.grpc_code)], ours.message)
-    raise ours  # abort never returns

@@ -149,6 +149,7 @@ class ServeConfig:
         require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {DTYPES}")
         for name in ("prefill", "decode", "mixed"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        require(self.drain_grace_s >= 0, "drain_grace_s", self.drain_grace_s, "at least 0")
         able = self.mixed + min(self.prefill, self.decode)
         asked = f"{self.prefill} prefill, {self.decode} decode, {self.mixed} mixed"
         require(able > 0, "workers", asked, "at least one of each of prefill and decode, or one mixed")

@@ -17,6 +17,12 @@ A message says what was asked, what the limit is, and what to do.
 
 from enum import IntEnum
 
+RETRIABLE_KEY = "retriable"
+"""gRPC trailing metadata, `true` or `false`: whether the same request may succeed when sent again."""
+
+RETRY_AFTER_KEY = "retry-after-s"
+"""gRPC trailing metadata: seconds to wait before the next attempt."""
+
 
 class GrpcCode(IntEnum):
     """The numbers of gRPC's canonical status codes (this layer does not import grpc)."""

@@ -78,8 +78,9 @@ class Admission:
         A waiter whose deadline has passed takes no place any more, and stays known until it leaves by itself.
         """
         if request in self._running:
+            was_full = len(self._running) >= self._max_in_flight
             self._running.discard(request)
-            self._measure(now)
+            self._measure(now, was_full)
         self._queue.pop(request, None)
         self._expired.discard(request)
         self._expire(now)
@@ -111,7 +112,8 @@ class Admission:
                 del self._queue[request]
                 self._expired.add(request)
 
-    def _measure(self, now: float) -> None:
-        if self._last_end is not None:
+    def _measure(self, now: float, was_full: bool) -> None:
+        """Learn how often a slot frees up, from ends under load only: idle time says nothing."""
+        if self._last_end is not None and was_full:
             self._interval_s += _WEIGHT * (now - self._last_end - self._interval_s)
         self._last_end = now

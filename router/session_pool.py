@@ -89,8 +89,9 @@ class SessionPool:
         return tuple(session.record for _, session in sorted(self._sessions.items()))
 
     def view(self, records: Iterable[WorkerRecord]) -> ClusterView:
-        """The picture of these workers that a placement sees."""
-        return ClusterView(tuple(self._view_of(self._sessions[record.worker]) for record in records))
+        """The picture of these workers that a placement sees, without those that have left since."""
+        found = (self._sessions.get(record.worker) for record in records)
+        return ClusterView(tuple(self._view_of(session) for session in found if session is not None))
 
     def statuses(self) -> list[inference_pb2.WorkerStatus]:
         """All members for a status page, in order of name."""

@@ -191,6 +191,8 @@ class WorkerSession:
     def _receive(self, response: worker_pb2.SessionResponse) -> None:
         now = self._clock.now()
         self._liveness.hear(now)
+        if self.state is SessionState.CLOSED:
+            return  # `stop` only waits for its cancels to be written
         kind = response.WhichOneof("message")
         if kind == "hello":
             self._greet(response.hello)

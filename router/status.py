@@ -5,13 +5,10 @@ from typing import NoReturn, Protocol
 
 import grpc
 
-from pdserve.core.errors import PdserveError, from_foreign, from_wire
+from pdserve.core.errors import RETRIABLE_KEY, RETRY_AFTER_KEY, PdserveError, from_foreign, from_wire
 from pdserve.proto import worker_pb2
 
 log = logging.getLogger(__name__)
-
-RETRIABLE_KEY = "retriable"
-RETRY_AFTER_KEY = "retry-after-s"
 
 
 class Abortable(Protocol):

@@ -1,5 +1,6 @@
 """Between protobuf messages and the router's own values: the only file that knows both."""
 
+import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -35,9 +36,11 @@ def prompt_of(request: inference_pb2.GenerateRequest | inference_pb2.TokenizeReq
 
 
 def sampling_of(message: inference_pb2.Sampling) -> SamplingParams:
-    """Absent fields take their defaults. Values are not checked here."""
+    """Absent fields take their defaults, and an absent seed is drawn. Values are not checked here."""
     names = ("max_tokens", "temperature", "top_p", "top_k", "seed")
     given = {name: getattr(message, name) for name in names if message.HasField(name)}
+    if "seed" not in given:
+        given["seed"] = secrets.randbits(63)
     return SamplingParams(ignore_eos=message.ignore_eos, **given)
 
 

@@ -1,6 +1,6 @@
 """How D gets a prompt's KV: from the first prefill candidate that serves, or by its own engine."""
 
-import asyncio
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 
@@ -37,6 +37,7 @@ class CandidateWalk:
         self._handoffs = handoffs
         self._clock = clock
         self._count = count
+        self._serial = itertools.count()
 
     async def walk(self, request: DecodeRequest) -> tuple[Committed | None, int]:
         """The handoff that committed, or None where D itself is to prefill; and how many were asked before.
@@ -50,12 +51,9 @@ class CandidateWalk:
             if candidate.worker == me or self._holds_prompt(request.ask):
                 return None, attempt
             request.marks.serving_open = self._clock.now()
-            owner = OwnerId(f"handoff/{request.request_id}/{attempt}")
-            try:
-                outcome = await self._handoffs.fetch(self._handoff_ask(request.ask, owner), _peer(candidate))
-            except asyncio.CancelledError:
-                self._pool.release(owner)  # it may have committed in the moment of the cancel
-                raise
+            # Never used twice: an earlier attempt of the same request id may still drain its owner's blocks.
+            owner = OwnerId(f"handoff/{request.request_id}/{next(self._serial)}")
+            outcome = await self._handoffs.fetch(self._handoff_ask(request.ask, owner), _peer(candidate))
             if isinstance(outcome, Committed):
                 return outcome, attempt
             refusals.append(outcome)

@@ -52,13 +52,13 @@ class Heartbeat:
         while True:
             await asyncio.sleep(self._period_s)
             now = self._clock.now()
-            if now - last > self._bound_s:
-                await self._fence(
-                    f"no heartbeat of its own for {now - last:.1f} s; the bound is {self._bound_s} s"
-                )
-                now = self._clock.now()  # a fence takes its time, too
-            last = now
+            away_s, last = now - last, now
             try:
+                if away_s > self._bound_s:
+                    await self._fence(
+                        f"no heartbeat of its own for {away_s:.1f} s; the bound is {self._bound_s} s"
+                    )
+                    last = self._clock.now()  # a fence takes its time, too
                 async with asyncio.timeout(self._bound_s / 2):
                     counts = await self._beat(self._load())
                 if not counts:

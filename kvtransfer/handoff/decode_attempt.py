@@ -224,9 +224,8 @@ class DecodeAttempt(Shell[DecodeHandoff, pb.DecodeMessage]):
         if self._patience.holds_back(self._transport) or not site.reservations.may_try(self):
             self.feed(ev.ReserveRefused())
             return
-        reused = len(site.pool.acquire_prefix(ask.owner, ask.names))
-        if site.pool.reserve(ask.owner, ask.blocks - reused) is None:
-            site.reservations.give_back(ask.owner)
+        reused = site.pool.acquire(ask.owner, ask.names, ask.blocks, reserve=True)
+        if reused is None:
             self.counters["reservations_refused"] += 1
             site.reservations.wait(self, ask.blocks)
             self.feed(ev.ReserveRefused())

@@ -1,12 +1,10 @@
 """Handoffs of one decode worker that want memory: oldest first, none overtakes who has asked for it."""
 
 import asyncio
-import threading
 from collections.abc import Callable
 from typing import Protocol
 
 from pdserve.core.errors import InternalError
-from pdserve.core.types import OwnerId
 from pdserve.kvtransfer.handoff.events import MemoryFreed
 from pdserve.kvtransfer.handoff.late_reservation import Demand
 from pdserve.kvtransfer.pool.pool import KvPool
@@ -37,7 +35,6 @@ class Reservations:
         self._relieve = relieve
         self._scheduled = False
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._giving_back_in: int | None = None
         pool.add_free_listener(self._freed)
 
     def __len__(self) -> int:
@@ -66,6 +63,8 @@ class Reservations:
     def wait(self, waiter: Waiter, blocks: int) -> None:
         """The pool could not deliver `blocks`: feed MemoryFreed when it may."""
         self._waiting[waiter] = blocks
+        if self._pool.available() >= blocks:
+            self._schedule()  # freed in another thread after the refusal, when nobody was in line yet
 
     def defer(self, waiter: Waiter, wait_s: float) -> None:
         """It chose to ask later: feed MemoryFreed in `wait_s` seconds, or when the pool is tight no more."""
@@ -75,14 +74,6 @@ class Reservations:
     def is_deferred(self, waiter: Waiter) -> bool:
         """Whether it waits by choice."""
         return waiter in self._deferred
-
-    def give_back(self, owner: OwnerId) -> None:
-        """Release what a try took before it failed. That is no news to who waits: it would try for ever."""
-        self._giving_back_in = threading.get_ident()
-        try:
-            self._pool.release(owner)
-        finally:
-            self._giving_back_in = None
 
     def press(self) -> None:
         """Somebody still waits: say how many blocks the oldest one wants."""
@@ -115,8 +106,6 @@ class Reservations:
 
     def _freed(self) -> None:
         """In any thread: the pool has more than before."""
-        if self._giving_back_in == threading.get_ident():
-            return
         loop = self._loop
         if loop is not None and (self._waiting or self._deferred) and not loop.is_closed():
             loop.call_soon_threadsafe(self._schedule)

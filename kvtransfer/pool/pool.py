@@ -169,6 +169,25 @@ class KvPool:
         """As `allocate`, for a transfer to fill: reserved until `commit`."""
         return self._take(owner, n, BlockState.RESERVED)
 
+    def acquire(
+        self, owner: OwnerId, names: Sequence[BlockName], blocks: int, *, reserve: bool = False
+    ) -> int | None:
+        """`blocks` in all: the longest leading run of `names` that is here, and fresh ones behind it.
+
+        Returns how many are reused. None where there is no room: then nothing has changed, and nobody is told
+        of a gain. Reused blocks are held; fresh ones too, or reserved.
+        """
+        state = BlockState.RESERVED if reserve else BlockState.HELD
+        with self._lock:
+            found = tuple(self._cache.leading(names[:blocks]))
+            fresh = blocks - len(found)
+            parked = sum(1 for block in found if self._blocks.state(block) is BlockState.CACHED)
+            if fresh > self._available() - parked:
+                return None
+            self._refer_all(owner, found, "acquire")
+            self._take_fresh(owner, fresh, state)
+            return len(found)
+
     def pin(self, reader: OwnerId, blocks: Sequence[BlockId]) -> None:
         """Append `blocks` (held or cached) to a reader's table: they live until the reader releases them too.
 
@@ -296,13 +315,14 @@ class KvPool:
         if n < 0:
             raise PoolError(f"{owner} asked for {n} blocks; ask for 0 or more")
         with self._lock:
-            if n > self._available():
-                return None
-            self._evict(max(0, n - self._blocks.count(BlockState.FREE)))
-            taken = tuple(self._blocks.take(state) for _ in range(n))
-            if taken:
-                self._tables.setdefault(owner, {}).update(dict.fromkeys(taken))
-            return taken
+            return None if n > self._available() else self._take_fresh(owner, n, state)
+
+    def _take_fresh(self, owner: OwnerId, n: int, state: BlockState) -> tuple[BlockId, ...]:
+        self._evict(max(0, n - self._blocks.count(BlockState.FREE)))
+        taken = tuple(self._blocks.take(state) for _ in range(n))
+        if taken:
+            self._tables.setdefault(owner, {}).update(dict.fromkeys(taken))
+        return taken
 
     def _evict(self, count: int) -> None:
         for block in self._cache.evict(count):

@@ -25,10 +25,8 @@ class BlockPool(Protocol):
     def available(self) -> int:
         """Free and cached blocks."""
 
-    def match(self, names: Items[BlockName]) -> int:
-        """How many leading names are present."""
-
-    def acquire_prefix(self, owner: OwnerId, names: Items[BlockName]) -> tuple[BlockId, ...]: ...
+    def acquire(self, owner: OwnerId, names: Items[BlockName], blocks: int) -> int | None:
+        """`blocks` in all, of which as many leading `names` as are present; how many those are, or None."""
 
     def allocate(self, owner: OwnerId, n: int) -> tuple[BlockId, ...] | None:
         """`n` fresh blocks or, where there are fewer, None."""
@@ -53,25 +51,17 @@ class Admission:
 
 
 class AllocationPolicy:
-    """Verbs in pairs: `can_x` is cheap and may be wrong by the time of `x`; `x` gives all or nothing."""
+    """`can_x` is cheap and may be wrong by the time of `x`; `x` gives all or nothing."""
 
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool
 
-    def can_admit(self, sequence: Sequence) -> bool:
-        """False: there is no room for sure."""
-        hits = self._pool.match(_reusable(sequence))
-        return self._pool.available() >= blocks_for(len(sequence.tokens)) - hits
-
     def admit(self, sequence: Sequence) -> Admission | None:
         """The longest cached prefix and fresh blocks for all other tokens, or nothing."""
-        hits = self._pool.acquire_prefix(sequence.owner, _reusable(sequence))
-        needed = blocks_for(len(sequence.tokens)) - len(hits)
-        fresh = self._pool.allocate(sequence.owner, needed) if needed else ()
-        if fresh is None:
-            self._pool.release(sequence.owner)
+        hits = self._pool.acquire(sequence.owner, _reusable(sequence), blocks_for(len(sequence.tokens)))
+        if hits is None:
             return None
-        return Admission(hits + fresh, len(hits) * BLOCK_TOKENS)
+        return Admission(self._pool.table(sequence.owner), hits * BLOCK_TOKENS)
 
     def can_grow(self, sequence: Sequence) -> bool:
         """Whether `sequence` has room for its last token, or a block for it is there."""

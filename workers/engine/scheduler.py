@@ -136,8 +136,6 @@ class Scheduler:
 
     def _place(self, sequence: Sequence, plan: "_Plan") -> bool:
         """Give blocks to a waiting sequence and start it; False when it must wait for memory."""
-        if not self._allocation.can_admit(sequence):
-            return False
         try:
             admission = self._allocation.admit(sequence)
         except PdserveError as error:
