@@ -67,7 +67,7 @@ class Run:
                 except (FileNotFoundError, ProcessLookupError, PermissionError):
                     continue
                 if carries:
-                    found.append(f"{entry.name} {line[:80]}")
+                    found.append(f"{entry.name} {line[:300]}")
         return found
 
 
