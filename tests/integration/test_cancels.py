@@ -1,6 +1,7 @@
 """Cancels at every point of a request's life leave nothing behind on either side."""
 
 import asyncio
+import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from pdserve.core.config import HandoffConfig
 from pdserve.core.errors import PdserveError
 from pdserve.core.lifecycle import Lifecycle
 from pdserve.core.types import RequestId, Role
+from pdserve.kvtransfer.transports.base import Grant
 from pdserve.workers.seams import Seams
 
 CANCELS = 200
@@ -131,3 +133,71 @@ async def test_clients_that_leave_leave_nothing(tiny_model: Path, redis: RedisSe
         await running.settled()
         status = await client.status()
         assert status.requests_in_flight == 0
+
+
+class StuckImporter:
+    """Its first copy ends only when it is let go, also after a cancel, as one that writes memory must."""
+
+    def __init__(self, inner: Any, stuck: asyncio.Event, release: asyncio.Event) -> None:
+        self._inner = inner
+        self._stuck = stuck
+        self._release = release
+
+    @property
+    def transport(self) -> str:
+        return str(self._inner.transport)
+
+    async def fetch(self, grant: Grant) -> Any:
+        report = await self._inner.fetch(grant)
+        if not self._stuck.is_set():
+            self._stuck.set()
+            while not self._release.is_set():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await self._release.wait()
+        return report
+
+    async def close(self) -> None:
+        await self._inner.close()
+
+
+async def test_a_request_id_asked_again_while_its_first_attempt_drains_gets_its_own_blocks(
+    tiny_model: Path, redis: RedisServer
+) -> None:
+    stuck, release = asyncio.Event(), asyncio.Event()
+
+    class Importers:
+        def __init__(self, inner: Any) -> None:
+            self._inner = inner
+
+        async def get(self, *arguments: Any) -> Any:
+            return StuckImporter(await self._inner.get(*arguments), stuck, release)
+
+        async def close(self) -> None:
+            await self._inner.close()
+
+    workers = {"prefill-0": Role.PREFILL, "decode-0": Role.DECODE}
+    seams = {"decode-0": Seams(importers=Importers)}
+    async with stack(tiny_config(tiny_model, redis), workers, seams=seams) as running:
+        client = running.client
+        assert client is not None
+        prompt = "the same request, asked twice. " * 4
+        call = asyncio.create_task(client.generate(prompt, max_tokens=8, ignore_eos=True, request_id="twice"))
+        async with asyncio.timeout(20):
+            await stuck.wait()
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        pool = running.workers["decode-0"].pool
+        async with asyncio.timeout(20):
+            while not pool.counts().quarantined:
+                await asyncio.sleep(0.01)
+        again = asyncio.create_task(
+            client.generate(prompt, max_tokens=60, ignore_eos=True, request_id="twice")
+        )
+        async with asyncio.timeout(20):
+            while not pool.counts().held:
+                await asyncio.sleep(0.01)
+        release.set()  # the first attempt drains while the second decodes
+        second = await again
+        other = await client.generate(prompt, max_tokens=60, ignore_eos=True)
+        assert second.token_ids == other.token_ids
+        await running.settled()

@@ -287,3 +287,31 @@ def test_two_threads_never_share_a_fresh_block() -> None:
     assert failures == []
     pool.check_integrity()
     assert pool.counts().free == 8
+
+
+def test_an_acquire_takes_the_prefix_that_is_here_and_fresh_blocks_behind_it() -> None:
+    pool = pool_of(4)
+    chain = names("c", 2)
+    cache(pool, chain)
+    assert pool.acquire(A, [*chain, *names("x", 1)], 4, reserve=True) == 2
+    assert len(pool.table(A)) == 4
+    counts = pool.counts()
+    assert (counts.held, counts.reserved, counts.free, counts.cached) == (2, 2, 0, 0)
+    pool.check_integrity()
+
+
+def test_an_acquire_without_room_changes_nothing_and_tells_nobody() -> None:
+    log = Log()
+    pool = pool_of(4, log)
+    chain = names("c", 2)
+    cache(pool, chain)
+    taken(pool.allocate(B, 1))
+    heard: list[int] = []
+    pool.add_free_listener(lambda: heard.append(1))
+    before = pool.counts()
+    # One block is free. The two cached ones are the prefix itself: they are no room for what follows it.
+    assert pool.acquire(A, chain, 4) is None
+    assert pool.counts() == before
+    assert (heard, log.removed_names, pool.table(A)) == ([], [], ())
+    assert pool.acquire(A, chain, 3) == 2
+    pool.check_integrity()

@@ -131,3 +131,17 @@ class AdmissionMachine(RuleBasedStateMachine):
 
 TestAdmissionMachine = AdmissionMachine.TestCase
 TestAdmissionMachine.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+
+
+def test_an_idle_hour_is_not_taken_for_slow_service() -> None:
+    admission = Admission(1, 1)
+    for number in range(20):
+        admission.arrive(RequestId(f"a{number}"), None, float(number) / 10)
+        admission.leave(RequestId(f"a{number}"), float(number) / 10)
+    before = admission.retry_after_s()
+    admission = Admission(2, 1)
+    admission.arrive(RequestId("b"), None, 0.0)
+    admission.leave(RequestId("b"), 0.0)
+    admission.arrive(RequestId("c"), None, 3600.0)
+    admission.leave(RequestId("c"), 3600.0)
+    assert admission.retry_after_s() <= max(before, Admission(2, 1).retry_after_s())
