@@ -16,6 +16,7 @@ from pdserve.core.errors import ConfigError
 from pdserve.core.text.tokenizer import Tokenizer
 from pdserve.kvtransfer.index.link import RedisLink
 from pdserve.kvtransfer.index.membership_view import MembershipView
+from pdserve.kvtransfer.index.metered import MeteredIndex
 from pdserve.kvtransfer.index.redis_index import RedisIndex
 from pdserve.kvtransfer.index.redis_membership import RedisMembership
 from pdserve.router.server import RouterServer
@@ -64,13 +65,20 @@ class RouterHost:
         try:
             link = RedisLink(url, config.index.cluster)
             self._owned.push_async_callback(link.close)
-            index = RedisIndex(link, config.index.timeout_s)
+            index = MeteredIndex(RedisIndex(link, config.index.timeout_s))
             membership = RedisMembership(link, config.index.ttl_s)
             view = MembershipView(membership, config.index.heartbeat_s, config.index.ttl_s)
             await view.refresh()
             view.start()
             self._owned.push_async_callback(view.stop)
-            server = RouterServer(config, index, view, {config.model: tokenizer}, self._spec.admin)
+            server = RouterServer(
+                config,
+                index,
+                view,
+                {config.model: tokenizer},
+                self._spec.admin,
+                describe_index=lambda: f"redis ({index.stats.summary()})",
+            )
             await server.start()
             self._owned.push_async_callback(server.stop)
         except BaseException:

@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -46,7 +46,7 @@ class RouterServer:
         admin_endpoint: str = "",
         *,
         policy: Policy | None = None,
-        index_name: str = "redis",
+        describe_index: Callable[[], str] = lambda: "redis",
         clock: Clock | None = None,
     ) -> None:
         """`tokenizers` by model name; `admin_endpoint` is shown in GetStatus, empty without a supervisor."""
@@ -77,7 +77,7 @@ class RouterServer:
             self.gate,
             dispatcher,
             self.pool,
-            index_name=index_name,
+            describe_index=describe_index,
             admin_endpoint=admin_endpoint,
             clock=clock,
         )

@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -59,7 +59,7 @@ class InferenceService(InferenceServicer):
         dispatcher: Dispatcher,
         pool: SessionPool,
         *,
-        index_name: str,
+        describe_index: Callable[[], str],
         admin_endpoint: str,
         clock: Clock,
     ) -> None:
@@ -67,7 +67,7 @@ class InferenceService(InferenceServicer):
         self._gate = gate
         self._dispatcher = dispatcher
         self._pool = pool
-        self._index_name = index_name
+        self._describe_index = describe_index
         self._admin_endpoint = admin_endpoint
         self._clock = clock
 
@@ -114,7 +114,7 @@ class InferenceService(InferenceServicer):
         """The cluster as this router sees it."""
         return inference_pb2.GetStatusResponse(
             workers=self._pool.statuses(),
-            index=self._index_name,
+            index=self._describe_index(),
             index_available=self._pool.membership_available,
             requests_in_flight=self._gate.admission.in_flight,
             admin=self._admin_endpoint,

@@ -3,7 +3,7 @@
 import pytest
 
 from pdserve.core.clock import ManualClock
-from pdserve.core.types import Incarnation, WorkerId
+from pdserve.core.types import BlockName, Incarnation, WorkerId
 from pdserve.kvtransfer.index.base import Holder, IndexUnavailable, Location, Update
 from pdserve.kvtransfer.index.memory import MemoryIndex
 from pdserve.kvtransfer.index.metered import BUCKETS_S, CallStats, MeteredIndex
@@ -67,3 +67,14 @@ def test_every_latency_falls_in_one_bucket(seconds: float, bucket: int) -> None:
     stats = CallStats()
     stats.record(seconds)
     assert [at for at, count in enumerate(stats.buckets) if count] == [bucket]
+
+
+async def test_the_summary_says_how_much_was_found() -> None:
+    index = MeteredIndex(MemoryIndex(), ManualClock())
+    assert "0 lookups" in index.stats.summary()
+    worker, incarnation = WorkerId("w"), Incarnation("one")
+    names = [BlockName(bytes([n]) * 16) for n in range(4)]
+    await index.replace(worker, incarnation, 1, names[:2], "float32")
+    await index.locate(names, [Holder(worker, incarnation)])
+    assert "1 lookups" in index.stats.summary()
+    assert "50 % of prompt blocks found" in index.stats.summary()
