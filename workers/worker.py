@@ -238,6 +238,7 @@ class Worker:
             observer=seams.observer,
             transferred=self._transferred,
             relieve=lambda blocks: self.prefill.relieve(blocks),
+            preempted=lambda: self.engine.stats().preempted_blocks,
             perf=self._perf,
         )
 

@@ -50,11 +50,13 @@ class DecodeHandoffs:
         observer: Observer | None = None,
         transferred: Callable[[int, float, str], object] | None = None,
         relieve: Callable[[int], object] | None = None,
+        preempted: Callable[[], int] | None = None,
         perf: PerfModel | None = None,
     ) -> None:
         """`progress` counts this worker's work. `transferred` is told (bytes, seconds, transport) of every
         chunk that landed. `relieve(blocks)` is called at every heartbeat while a reservation has to wait: it
-        is HandoffServicer.relieve on a worker that also prefills. With `perf`, the model that learns from
+        is HandoffServicer.relieve on a worker that also prefills. `preempted()` is how many blocks the
+        engine's preempted sequences wait for; handoffs leave them. With `perf`, the model that learns from
         those transfers, blocks are taken as late as the transfer allows while the pool is tight; without it
         at the first chunk.
         """
@@ -69,7 +71,7 @@ class DecodeHandoffs:
             clock=clock,
             observer=observer,
             transferred=transferred or (lambda num_bytes, seconds, transport: None),
-            reservations=Reservations(pool, relieve),
+            reservations=Reservations(pool, relieve, preempted),
             perf=perf,
         )
         self._numbers = itertools.count(1)

@@ -23,12 +23,21 @@ class Reservations:
            │          └──► wait: in line, until the pool has room
            └──► defer: by choice, while others can use the blocks better
 
+    `preempted()` says how many blocks sequences wait for that had to yield: those are not given to handoffs,
+    which came later.
+
     `relieve`, if given, is told at every heartbeat how many blocks somebody waits for, so that a worker that
     also prefills can give up exports that nobody fetches: two such workers could hold blocks for each other.
     """
 
-    def __init__(self, pool: KvPool, relieve: Callable[[int], object] | None = None) -> None:
+    def __init__(
+        self,
+        pool: KvPool,
+        relieve: Callable[[int], object] | None = None,
+        preempted: Callable[[], int] | None = None,
+    ) -> None:
         self._pool = pool
+        self._preempted = preempted or (lambda: 0)
         self._expected: dict[Waiter, int] = {}
         self._waiting: dict[Waiter, int] = {}
         self._deferred: dict[Waiter, asyncio.TimerHandle] = {}
@@ -53,12 +62,14 @@ class Reservations:
         return Demand(self._pool.available(), own, others)
 
     def may_try(self, waiter: Waiter) -> bool:
-        """Whether nobody older waits; joins the queue otherwise."""
+        """Whether nobody older waits, a preempted sequence included; joins the queue otherwise."""
         self._undefer(waiter)
         first = next(iter(self._waiting), waiter)
-        if first is not waiter:
+        owed = self._preempted()
+        yields = owed > 0 and self._pool.available() < owed + self._expected.get(waiter, 0)
+        if first is not waiter or yields:
             self._waiting.setdefault(waiter, 0)
-        return first is waiter
+        return first is waiter and not yields
 
     def wait(self, waiter: Waiter, blocks: int) -> None:
         """The pool could not deliver `blocks`: feed MemoryFreed when it may."""
@@ -76,7 +87,8 @@ class Reservations:
         return waiter in self._deferred
 
     def press(self) -> None:
-        """Somebody still waits: say how many blocks the oldest one wants."""
+        """Somebody still waits: let the oldest one try, and say how many blocks it wants."""
+        self._schedule()  # what a preempted sequence was owed may have been paid without a gain for the pool
         wanted = next(iter(self._waiting.values()), 0)
         if self._relieve is not None and wanted:
             self._relieve(wanted)

@@ -164,6 +164,9 @@ class Engine:
             queued_prefill_tokens=sum(s.remaining for s in (*running, *waiting) if not s.is_decoding),
             context_tokens=sum(s.num_computed for s in running),
             preemptions=self._preemptions,
+            preempted_blocks=sum(
+                blocks_for(len(s.tokens)) for s in waiting if s.state is SequenceState.PREEMPTED
+            ),
             perf={},
         )
 

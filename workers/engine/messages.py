@@ -76,6 +76,8 @@ class EngineStats:
     context_tokens: int
     """Computed positions of the running sequences."""
     preemptions: int
+    preempted_blocks: int
+    """Blocks that preempted sequences wait for: theirs before anybody's who comes later."""
     perf: Mapping[str, float]
     """What the performance model has learnt: `PerfModel.snapshot()`."""
 

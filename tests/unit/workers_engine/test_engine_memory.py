@@ -4,7 +4,7 @@ import pytest
 from engine_harness import Harness, expected_tokens, greedy, prompt_of
 
 from pdserve.core.errors import InternalError
-from pdserve.core.types import FinishReason, OwnerId, SequenceId
+from pdserve.core.types import FinishReason, OwnerId, SequenceId, blocks_for
 from pdserve.kvtransfer.pool.errors import PoolError
 
 
@@ -31,7 +31,10 @@ def test_the_youngest_yields_and_returns_before_newcomers() -> None:
         harness.step()
     states = {name: harness.pool.table(OwnerId(name)) for name in ("old", "middle", "young", "new")}
     assert [name for name, table in states.items() if not table] == ["young", "new"]
+    owed = blocks_for(30 + len(harness.tokens("young")))
+    assert harness.engine.stats().preempted_blocks == owed
     harness.run()
+    assert harness.engine.stats().preempted_blocks == 0
     order = [item.sequence_id for step in harness.steps for item in step.items if item.finish_reason]
     assert order == ["old", "middle", "young", "new"]
     assert harness.engine.stats().preemptions <= 2
