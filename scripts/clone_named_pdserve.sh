@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The unit tests of the client, the command line, core and the packaging pass in a clone whose folder is called pdserve.
+# The unit tests pass in a clone whose folder is called pdserve.
 # There, one __init__.py at the root would make pytest import the clone itself as the package.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -9,5 +9,4 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 git clone --quiet --no-local . "$folder/pdserve"
 cd "$folder/pdserve"
-PYTHONPATH=$PWD/src "$python" -m pytest -q -p no:cacheprovider --no-header \
-  tests/unit/client tests/unit/cli tests/unit/packaging tests/unit/core_*
+PYTHONPATH=$PWD/src "$python" -m pytest -q -p no:cacheprovider --no-header tests/unit
