@@ -111,11 +111,13 @@ def test_a_worker_that_cannot_load_ends_the_start_with_the_workers_own_words(
 def test_a_signal_during_the_start_ends_it_in_order(tiny_model: Path, tmp_path: Path) -> None:
     run = Run(tmp_path, "--model", str(tiny_model), "--grpc-port", "0")
     deadline = time.monotonic() + 60
-    while not any("gcs_server" in line for line in run.descendants()):
-        assert run.popen.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    run.popen.send_signal(signal.SIGTERM)
+    try:
+        while not any("gcs_server" in line for line in run.descendants()):
+            assert run.popen.poll() is None
+            assert time.monotonic() < deadline, run.descendants()
+            time.sleep(0.02)
+    finally:
+        run.popen.send_signal(signal.SIGTERM)  # also when the test fails: it leaves no cluster behind
     _, err = run.popen.communicate(timeout=30)
     assert run.popen.returncode == 0, err
     assert "Traceback" not in err
