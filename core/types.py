@@ -68,16 +68,76 @@ def hit_limit(prompt_tokens: int) -> int:
     return max(0, (prompt_tokens - 1) // BLOCK_TOKENS)
 
 
+class ConstraintKind(StrEnum):
+    """The languages that `Constraint.source` can be written in."""
+
+    JSON_SCHEMA = "json_schema"
+    """A JSON Schema as JSON text; `{}` is any JSON value."""
+    JSON_OBJECT = "json_object"
+    """Any JSON object; the source is empty."""
+    REGEX = "regex"
+    """A regular expression that the whole text matches."""
+    CHOICE = "choice"
+    """A JSON array of strings, one of which the whole text is."""
+    GRAMMAR = "grammar"
+    """A Lark grammar."""
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What the text of a completion must be, enforced token by token."""
+
+    kind: ConstraintKind
+    source: str
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are chosen. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off."""
+    """How tokens are chosen, and when a completion ends. Defaults are off; ranges: core/request_limits.py.
+
+    Order: constraint and bans (min_tokens), logit_bias, penalties, temperature, min_p, top_k, top_p.
+    """
 
     max_tokens: int = 128
     temperature: float = 0.0
+    """0 is greedy."""
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    """Tokens less likely than this share of the likeliest one are out."""
     seed: int = 0
+    """Choice i of a request samples with `core.seed.derive_seed(seed, i)`."""
+    n: int = 1
+    """Choices; each is a sequence of its own over the same prompt's blocks."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens in prompt or completion."""
+    presence_penalty: float = 0.0
+    """Subtracted once from tokens that the completion has."""
+    frequency_penalty: float = 0.0
+    """Subtracted as often as the completion has the token."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, what is added to its logit); -100 bans."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the completion and are cut off it."""
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    """Neither the end of the sequence nor a stop ends it before."""
     ignore_eos: bool = False
+    logprobs: int | None = None
+    """None: none are reported; k: the sampled token's and the k likeliest ones', before penalties."""
+    constraint: Constraint | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural logarithms of the model's own probabilities at one position, before any penalty or cut."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    """1: it was the likeliest."""
+    top: tuple[tuple[int, float], ...]
+    """(token id, logprob), the likeliest first."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,8 +62,8 @@ class AttachRequest(_message.Message):
     NEXT_INDEX_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     incarnation: str
-    next_index: int
-    def __init__(self, request_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., next_index: _Optional[int] = ...) -> None: ...
+    next_index: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, request_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., next_index: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class CancelRequest(_message.Message):
     __slots__ = ("request_id",)
@@ -104,7 +104,7 @@ class Frame(_message.Message):
     def __init__(self, items: _Optional[_Iterable[_Union[FrameItem, _Mapping]]] = ...) -> None: ...
 
 class FrameItem(_message.Message):
-    __slots__ = ("request_id", "choice", "first_index", "token_ids", "text", "finish_reason", "ledger", "route", "usage", "failure")
+    __slots__ = ("request_id", "choice", "first_index", "token_ids", "text", "finish_reason", "ledger", "route", "usage", "failure", "logprobs")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CHOICE_FIELD_NUMBER: _ClassVar[int]
     FIRST_INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -115,6 +115,7 @@ class FrameItem(_message.Message):
     ROUTE_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     choice: int
     first_index: int
@@ -125,7 +126,8 @@ class FrameItem(_message.Message):
     route: _inference_pb2.Route
     usage: _inference_pb2.Usage
     failure: Failure
-    def __init__(self, request_id: _Optional[str] = ..., choice: _Optional[int] = ..., first_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., finish_reason: _Optional[str] = ..., ledger: _Optional[_Union[_inference_pb2.Ledger, _Mapping]] = ..., route: _Optional[_Union[_inference_pb2.Route, _Mapping]] = ..., usage: _Optional[_Union[_inference_pb2.Usage, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
+    logprobs: _containers.RepeatedCompositeFieldContainer[_inference_pb2.PositionLogprobs]
+    def __init__(self, request_id: _Optional[str] = ..., choice: _Optional[int] = ..., first_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., finish_reason: _Optional[str] = ..., ledger: _Optional[_Union[_inference_pb2.Ledger, _Mapping]] = ..., route: _Optional[_Union[_inference_pb2.Route, _Mapping]] = ..., usage: _Optional[_Union[_inference_pb2.Usage, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., logprobs: _Optional[_Iterable[_Union[_inference_pb2.PositionLogprobs, _Mapping]]] = ...) -> None: ...
 
 class Failure(_message.Message):
     __slots__ = ("code", "message", "retriable", "retry_after_s")

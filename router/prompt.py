@@ -10,6 +10,8 @@ class Chat:
     """A conversation, which the model's chat template turns into tokens."""
 
     messages: tuple[ChatMessage, ...]
+    tools_json: str = ""
+    """A JSON array of OpenAI tool definitions; empty: none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +30,9 @@ def prompt_bytes(prompt: Prompt) -> int:
     match prompt:
         case TokenIds(ids):
             return 4 * len(ids)
-        case Chat(messages):
-            return sum(_bytes(message.role) + _bytes(message.content) for message in messages)
+        case Chat(messages, tools_json):
+            texts = (t for m in messages for t in (m.role, m.content, m.name, m.tool_calls_json))
+            return _bytes(tools_json) + sum(map(_bytes, texts))
         case text:
             return _bytes(text)
 

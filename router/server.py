@@ -20,9 +20,10 @@ from pdserve.router.admission import Admission
 from pdserve.router.bookings import Bookings
 from pdserve.router.dispatch import Dispatcher
 from pdserve.router.gate import AdmissionGate
+from pdserve.router.intake import Door, Intake, Tokenizer
 from pdserve.router.policies.base import Policy
 from pdserve.router.policies.hybrid import HybridPolicy
-from pdserve.router.service import Door, InferenceService, Tokenizer
+from pdserve.router.service import InferenceService
 from pdserve.router.session_pool import MembershipSource, SessionPool
 from pdserve.router.universal import UniversalPrefix
 
@@ -72,7 +73,7 @@ class RouterServer:
             buffer_tokens=config.session.client_buffer_tokens,
             clock=clock,
         )
-        self._service = InferenceService(
+        self.intake = Intake(
             Door(tokenizers, config.router.max_prompt_bytes, config.engine.headroom_tokens),
             self.gate,
             dispatcher,
@@ -100,7 +101,7 @@ class RouterServer:
         longest = max(MAX_MESSAGE_BYTES, 2 * self._config.router.max_prompt_bytes)
         options = dict(SERVER_OPTIONS) | {"grpc.max_receive_message_length": longest, "grpc.so_reuseport": 0}
         server = grpc.aio.server(options=list(options.items()))
-        add_InferenceServicer_to_server(self._service, server)
+        add_InferenceServicer_to_server(InferenceService(self.intake), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (INFERENCE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
         reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
@@ -114,7 +115,7 @@ class RouterServer:
         self._announce(False)
         await server.start()
         self._server = server
-        self.pool.start(lambda: self._announce(self._service.servable()))
+        self.pool.start(lambda: self._announce(self.intake.servable()))
 
     async def stop(self, grace_s: float = STOP_GRACE_S) -> None:
         """Take no new calls; what still runs after `grace_s` fails as retriable. Idempotent."""

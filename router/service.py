@@ -1,85 +1,35 @@
 """What clients call: the gRPC servicer of pdserve.v1.Inference."""
 
-import asyncio
-import secrets
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
-from functools import partial
-from typing import Protocol
 
 import grpc
 
-from pdserve.core.clock import Clock
-from pdserve.core.errors import InvalidRequest, Unavailable
-from pdserve.core.request_limits import check_sampling, check_tokens, promise_blocks
-from pdserve.core.text.chat_template import ChatMessage
-from pdserve.core.types import RequestId
-from pdserve.core.worker_record import WorkerRecord
 from pdserve.proto import inference_pb2
 from pdserve.proto.inference_pb2_grpc import InferenceServicer
-from pdserve.router import validation, wire
-from pdserve.router.dispatch import Dispatcher, Job
-from pdserve.router.gate import AdmissionGate
-from pdserve.router.pools import any_per_model, pool_of
-from pdserve.router.prompt import Chat, Prompt, TokenIds, prompt_bytes
-from pdserve.router.session_pool import SessionPool
+from pdserve.router.intake import Intake
 from pdserve.router.status import abort
-
-LONG_PROMPT_BYTES = 4096
-"""Longer prompts are tokenized in a thread, so that the streams of others go on."""
 
 GenerateContext = grpc.aio.ServicerContext[inference_pb2.GenerateRequest, inference_pb2.GenerateChunk]
 
 
-class Tokenizer(Protocol):
-    """The part of core's Tokenizer that the router needs; safe to share between threads."""
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Door:
-    """What is known about requests before they are admitted."""
-
-    tokenizers: Mapping[str, Tokenizer]
-    max_prompt_bytes: int
-    headroom_tokens: int
-
-
 class InferenceService(InferenceServicer):
-    """One per router. Admission, dispatch and sessions do the work; here a call becomes a job and back."""
+    """gRPC in front of the intake: errors become statuses, deadlines and cancels go in."""
 
-    def __init__(
-        self,
-        door: Door,
-        gate: AdmissionGate,
-        dispatcher: Dispatcher,
-        pool: SessionPool,
-        *,
-        describe_index: Callable[[], str],
-        admin_endpoint: str,
-        clock: Clock,
-    ) -> None:
-        self._door = door
-        self._gate = gate
-        self._dispatcher = dispatcher
-        self._pool = pool
-        self._describe_index = describe_index
-        self._admin_endpoint = admin_endpoint
-        self._clock = clock
+    def __init__(self, intake: Intake) -> None:
+        self._intake = intake
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: GenerateContext
     ) -> AsyncGenerator[inference_pb2.GenerateChunk, None]:
         """One prompt in, a stream of chunks out."""
-        arrived = self._clock.now()
-        remaining_s = context.time_remaining()
-        deadline = None if remaining_s is None else arrived + remaining_s
+        generated = self._intake.generate(
+            request,
+            context.time_remaining(),
+            lambda end: context.add_done_callback(lambda ctx: end()),  # type: ignore[arg-type]  # stub wants a class
+        )
         try:
-            async with aclosing(self._generate(request, context, arrived, deadline)) as chunks:
+            async with aclosing(generated) as chunks:
                 async for chunk in chunks:
                     yield chunk
         except Exception as error:
@@ -92,9 +42,7 @@ class InferenceService(InferenceServicer):
     ) -> inference_pb2.TokenizeResponse:
         """The ids that Generate would use for the same prompt."""
         try:
-            model = validation.check_model(request.model, self._models())
-            prompt = validation.check_prompt(wire.prompt_of(request), self._door.max_prompt_bytes)
-            return inference_pb2.TokenizeResponse(token_ids=await self._tokenize(model, prompt))
+            return await self._intake.tokenize(request)
         except Exception as error:
             await abort(context, error)
 
@@ -104,7 +52,7 @@ class InferenceService(InferenceServicer):
         context: grpc.aio.ServicerContext[inference_pb2.ListModelsRequest, inference_pb2.ListModelsResponse],
     ) -> inference_pb2.ListModelsResponse:
         """The models of the workers that are members now."""
-        return wire.models(any_per_model(self._pool.records()))
+        return self._intake.models()
 
     async def GetStatus(
         self,
@@ -112,81 +60,4 @@ class InferenceService(InferenceServicer):
         context: grpc.aio.ServicerContext[inference_pb2.GetStatusRequest, inference_pb2.GetStatusResponse],
     ) -> inference_pb2.GetStatusResponse:
         """The cluster as this router sees it."""
-        return inference_pb2.GetStatusResponse(
-            workers=self._pool.statuses(),
-            index=self._describe_index(),
-            index_available=self._pool.membership_available,
-            requests_in_flight=self._gate.admission.in_flight,
-            admin=self._admin_endpoint,
-        )
-
-    def servable(self) -> bool:
-        """At least one model has a worker that can own requests now."""
-        return any(worker.decodes for worker in self._pool.view(self._pool.records()))
-
-    async def _generate(
-        self,
-        request: inference_pb2.GenerateRequest,
-        context: GenerateContext,
-        arrived: float,
-        deadline: float | None,
-    ) -> AsyncGenerator[inference_pb2.GenerateChunk, None]:
-        validation.check_request_id(request.request_id)
-        request_id = RequestId(request.request_id or secrets.token_hex(8))
-        if self._gate.knows(request_id):
-            raise InvalidRequest(f"request_id {request_id!r} is in use: choose another, or none")
-        model = validation.check_model(request.model, self._models())
-        prompt = validation.check_prompt(wire.prompt_of(request), self._door.max_prompt_bytes)
-        check_sampling(wire.sampling_of(request.sampling))
-        async with self._gate.enter(request_id, deadline) as slot:
-            tokens = await self._tokenize(model, prompt)
-            job = self._job(request_id, request.sampling, model, tokens, arrived, deadline)
-            course = self._dispatcher.course(request_id, slot.release)
-            # A client that left, or reads nothing, can leave this generator suspended in its yield.
-            context.add_done_callback(lambda ctx: course.close())  # type: ignore[arg-type]  # stub wants a class
-            try:
-                async with aclosing(self._dispatcher.run(job, course)) as chunks:
-                    async for chunk in chunks:
-                        yield chunk
-            finally:
-                course.close()
-
-    def _job(
-        self,
-        request: RequestId,
-        sampling: inference_pb2.Sampling,
-        model: str,
-        tokens: Sequence[int],
-        arrived: float,
-        deadline: float | None,
-    ) -> Job:
-        """Everything that can be checked once the tokens are known."""
-        workers = pool_of(self._pool.records(), model)
-        limits = validation.Limits.of(workers)
-        check_tokens(tokens, limits.vocab_size)
-        asked = sampling.HasField("max_tokens")
-        bounded = validation.bound_completion(wire.sampling_of(sampling), asked, len(tokens), limits)
-        promise = promise_blocks(len(tokens), bounded.max_tokens, self._door.headroom_tokens)
-        validation.check_prefill(len(tokens), limits)
-        return Job(request, tuple(tokens), bounded, promise, workers, arrived, deadline)
-
-    def _models(self) -> set[str]:
-        """Names that mean something here, whether or not a worker is there for them now."""
-        records: Sequence[WorkerRecord] = self._pool.records()
-        known = {record.model for record in records} | set(self._door.tokenizers)
-        if not known:
-            raise Unavailable("no worker has joined yet: retry when one is ready")
-        return known
-
-    async def _tokenize(self, model: str, prompt: Prompt) -> Sequence[int]:
-        """Token ids of the prompt; ids stay as they are. Raises InvalidRequest."""
-        if isinstance(prompt, TokenIds):
-            return prompt.ids
-        tokenizer = self._door.tokenizers.get(model)
-        if tokenizer is None:
-            raise InvalidRequest(f"this router has no tokenizer for model {model!r}: send token ids")
-        if isinstance(prompt, Chat):
-            encode = partial(tokenizer.encode_chat, prompt.messages)
-        else:
-            encode = partial(tokenizer.encode, prompt)
-        return await asyncio.to_thread(encode) if prompt_bytes(prompt) > LONG_PROMPT_BYTES else encode()
+        return self._intake.status()

@@ -221,7 +221,7 @@ class WorkerSession:
                 self._send_open(live)  # it may never have arrived; a known id is an Attach
                 continue
             attach = worker_pb2.AttachRequest(
-                request_id=request, incarnation=hello.incarnation, next_index=live.stream.next_index
+                request_id=request, incarnation=hello.incarnation, next_index=[live.stream.next_index]
             )
             self._send(worker_pb2.SessionRequest(attach=attach))
 

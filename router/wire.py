@@ -1,6 +1,5 @@
 """Between protobuf messages and the router's own values: the only file that knows both."""
 
-import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -9,6 +8,7 @@ from pdserve.core.types import BlockName, RequestId, SamplingParams
 from pdserve.core.worker_record import WorkerLoad, WorkerRecord
 from pdserve.kvtransfer.names import pack_chain, pack_tokens
 from pdserve.proto import inference_pb2, worker_pb2
+from pdserve.proto.sampling import encode
 from pdserve.router.prompt import Chat, Prompt, TokenIds
 
 
@@ -27,21 +27,12 @@ def prompt_of(request: inference_pb2.GenerateRequest | inference_pb2.TokenizeReq
         case "text":
             return request.text
         case "chat":
-            return Chat(tuple(ChatMessage(m.role, m.content) for m in request.chat.messages))
+            return Chat(tuple(map(_chat_message, request.chat.messages)), request.chat.tools_json)
         case "token_ids":
             assert isinstance(request, inference_pb2.GenerateRequest)
             return TokenIds(tuple(request.token_ids.ids))
         case _:
             return None
-
-
-def sampling_of(message: inference_pb2.Sampling) -> SamplingParams:
-    """Absent fields take their defaults, and an absent seed is drawn. Values are not checked here."""
-    names = ("max_tokens", "temperature", "top_p", "top_k", "seed")
-    given = {name: getattr(message, name) for name in names if message.HasField(name)}
-    if "seed" not in given:
-        given["seed"] = secrets.randbits(63)
-    return SamplingParams(ignore_eos=message.ignore_eos, **given)
 
 
 def open_request(
@@ -56,14 +47,7 @@ def open_request(
         request_id=request,
         prompt_token_ids=pack_tokens(tokens),
         chain=pack_chain(chain),
-        sampling=inference_pb2.Sampling(
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            seed=sampling.seed,
-            ignore_eos=sampling.ignore_eos,
-        ),
+        sampling=encode(sampling),
         namespace=namespace,
     )
 
@@ -83,6 +67,7 @@ def chunk(item: worker_pb2.FrameItem, timings: Timings | None) -> inference_pb2.
         token_ids=item.token_ids,
         text=item.text,
         finish_reason=item.finish_reason,
+        logprobs=item.logprobs,
     )
     if timings is not None:
         out.ledger.CopyFrom(item.ledger)
@@ -142,3 +127,13 @@ def models(records: Mapping[str, WorkerRecord]) -> inference_pb2.ListModelsRespo
         for name, record in sorted(records.items())
     ]
     return inference_pb2.ListModelsResponse(models=listed)
+
+
+def _chat_message(message: inference_pb2.ChatMessage) -> ChatMessage:
+    return ChatMessage(
+        role=message.role,
+        content=message.content,
+        name=message.name,
+        tool_call_id=message.tool_call_id,
+        tool_calls_json=message.tool_calls_json,
+    )

@@ -1,15 +1,14 @@
 """The one place where the worker's protobuf messages become core types and back."""
 
-import dataclasses
 import math
 
 from pdserve.core.clock import Clock
 from pdserve.core.errors import InvalidRequest
-from pdserve.core.types import BLOCK_TOKENS, RequestId, SamplingParams
+from pdserve.core.types import BLOCK_TOKENS, RequestId
 from pdserve.core.worker_record import WorkerLoad, WorkerRecord
 from pdserve.kvtransfer.names import chain, unpack_chain, unpack_tokens
 from pdserve.kvtransfer.pool.pool import PoolCounts
-from pdserve.proto import inference_pb2, worker_pb2
+from pdserve.proto import inference_pb2, sampling, worker_pb2
 from pdserve.workers.decode_request import DecodeAsk, PrefillCandidate
 
 
@@ -35,20 +34,10 @@ def decode_ask(message: worker_pb2.OpenRequest, clock: Clock) -> DecodeAsk:
         token_ids=tokens,
         chain=names,
         namespace=message.namespace,
-        sampling=sampling_params(message.sampling),
+        sampling=sampling.decode(message.sampling),
         candidates=tuple(PrefillCandidate(c.worker, c.incarnation, c.endpoint) for c in message.candidates),
         deadline=None if remaining is None else clock.now() + remaining,
     )
-
-
-def sampling_params(message: inference_pb2.Sampling) -> SamplingParams:
-    """Fields that are absent take the defaults of SamplingParams."""
-    given = {
-        field.name: getattr(message, field.name)
-        for field in dataclasses.fields(SamplingParams)
-        if field.name == "ignore_eos" or message.HasField(field.name)
-    }
-    return SamplingParams(**given)
 
 
 def block_counts(counts: PoolCounts) -> inference_pb2.BlockCounts:

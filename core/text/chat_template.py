@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 import jinja2
 from jinja2 import nodes
@@ -20,6 +21,25 @@ class ChatMessage:
 
     role: str
     content: str
+    name: str = ""
+    tool_call_id: str = ""
+    """Of a `tool` message: the call that it answers."""
+    tool_calls_json: str = ""
+    """Of an `assistant` message: a JSON array of OpenAI tool calls, arguments as JSON text."""
+
+    def to_template(self) -> dict[str, object]:
+        """What templates see: fields that the message does not have are absent.
+
+        Tool calls' arguments become objects, as templates want them. Raises InvalidRequest for bad JSON.
+        """
+        fields: dict[str, object] = {"role": self.role, "content": self.content}
+        if self.name:
+            fields["name"] = self.name
+        if self.tool_call_id:
+            fields["tool_call_id"] = self.tool_call_id
+        if self.tool_calls_json:
+            fields["tool_calls"] = _tool_calls(self.tool_calls_json)
+        return fields
 
 
 class _GenerationBlock(Extension):
@@ -61,23 +81,51 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise ConfigError(f"the model's chat template does not compile: {error}") from error
 
-    def render(self, messages: Sequence[ChatMessage]) -> str:
+    def render(self, messages: Sequence[ChatMessage], tools_json: str = "") -> str:
         """The prompt text of `messages`, ending where the assistant's answer begins.
 
+        `tools_json` is a JSON array of OpenAI tool definitions, empty for none.
         Raises InvalidRequest with the template's own words when it refuses the messages.
         """
         if not messages:
             raise InvalidRequest("a chat needs at least one message; the request has none")
+        tools = _json_array(tools_json, "tools") if tools_json else None
+        turns = [message.to_template() for message in messages]
         try:
             return self._template.render(
-                messages=[{"role": message.role, "content": message.content} for message in messages],
+                messages=turns,
                 add_generation_prompt=True,
-                tools=None,
+                tools=tools,
                 documents=None,
                 **self._special_tokens,
             )
         except Exception as error:  # the model's own code on the caller's data may raise anything
             raise InvalidRequest(f"the model's chat template refused the messages: {error}") from error
+
+
+def _json_array(text: str, what: str) -> list[Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise InvalidRequest(f"{what} is not JSON: {error}") from error
+    if not isinstance(value, list):
+        raise InvalidRequest(f"{what} is a JSON {type(value).__name__}: send an array")
+    return value
+
+
+def _tool_calls(text: str) -> list[Any]:
+    calls = _json_array(text, "tool_calls")
+    for call in calls:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict):
+            raise InvalidRequest("tool_calls: each must be an object with `function`")
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            try:
+                function["arguments"] = json.loads(arguments)
+            except ValueError as error:
+                raise InvalidRequest(f"tool_calls: the arguments are not JSON: {error}") from error
+    return calls
 
 
 def _raise_exception(message: str) -> str:

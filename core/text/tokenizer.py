@@ -88,18 +88,18 @@ class Tokenizer:
         except (UnicodeEncodeError, TypeError) as error:
             raise InvalidRequest(f"the text is not valid Unicode (a lone surrogate?): {error}") from error
 
-    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+    def encode_chat(self, messages: Sequence[ChatMessage], tools_json: str = "") -> list[int]:
         """Ids of a conversation in the model's own chat format, up to where the assistant speaks.
 
         Raises InvalidRequest when the model has no chat template or its template refuses the messages.
         """
-        return self.encode(self.render_chat(messages), add_special=False)
+        return self.encode(self.render_chat(messages, tools_json), add_special=False)
 
-    def render_chat(self, messages: Sequence[ChatMessage]) -> str:
+    def render_chat(self, messages: Sequence[ChatMessage], tools_json: str = "") -> str:
         """The text that `encode_chat` encodes; same errors."""
         if self._template is None:
             raise InvalidRequest("this model has no chat template; send a plain prompt instead of messages")
-        return self._template.render(messages)
+        return self._template.render(messages, tools_json)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of `ids`. Raises InvalidRequest when an id is outside the vocabulary."""

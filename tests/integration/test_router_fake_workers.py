@@ -49,7 +49,7 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
-    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+    def encode_chat(self, messages: Sequence[ChatMessage], tools_json: str = "") -> list[int]:
         return self.encode("".join(f"{message.role}:{message.content};" for message in messages))
 
 
@@ -289,7 +289,7 @@ async def test_a_broken_session_is_taken_up_where_it_was_left() -> None:
         before = await chunks_of(call, 2)
         d.break_session()
         attach = await soon(d.attaches)
-        assert (attach.request_id, attach.incarnation, attach.next_index) == ("r", "one", 2)
+        assert (attach.request_id, attach.incarnation, list(attach.next_index)) == ("r", "one", [2])
         d.say("r", 1, [11], "b")  # sent again
         d.say("r", 2, [12], "c")
         d.say("r", 3, [13], "d", finish="stop")
@@ -320,7 +320,7 @@ async def test_a_killed_worker_that_comes_back_as_itself_goes_on() -> None:
         await d.stop()
         await cluster.becomes(health_pb2.HealthCheckResponse.NOT_SERVING)
         await d.start()
-        assert (await soon(d.attaches)).next_index == 1
+        assert (await soon(d.attaches)).next_index == [1]
         d.say("r", 1, [2], finish="stop")
         assert ids(await rest_of(call)) == [2]
 

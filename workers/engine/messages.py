@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pdserve.core.errors import PdserveError
-from pdserve.core.types import BlockName, FinishReason, OwnerId, SamplingParams, SequenceId
+from pdserve.core.types import BlockName, FinishReason, OwnerId, SamplingParams, SequenceId, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,8 @@ class SequenceOutput:
     prefill_ended_at: float | None
     """Prefill only: the end of the last chunk's step. Sampling: the start of the step that samples first."""
     first_token_at: float | None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One per token of `new_token_ids` where `sampling.logprobs` asks for them."""
 
 
 @dataclass(frozen=True, slots=True)
