@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import dataclasses
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -15,8 +15,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pdserve.core.errors import PdserveError, Unavailable, WorkerLost, from_foreign
 from pdserve.router.process import RouterHost, RouterSpec
-from pdserve.workers.process import WorkerHost
 from pdserve.workers.spec import WorkerSpec
+
+if TYPE_CHECKING:
+    from pdserve.workers.process import WorkerHost
 
 ANY_ADDRESS = ("0.0.0.0", "::")
 """Hosts that one can listen on and nobody can call."""
@@ -34,6 +36,9 @@ class WorkerActor:
 
     async def start(self) -> dict[str, Any]:
         """Load, listen, announce; returns the worker's record."""
+        # Here: the supervisor and the router's actor import this module too, and have no use for torch.
+        from pdserve.workers.process import WorkerHost
+
         spec = WorkerSpec.from_dict(self._spec)
         if spec.host in ANY_ADDRESS:
             # A worker announces the address that it listens on.
@@ -59,13 +64,15 @@ class RouterActor:
         self._host: RouterHost | None = None
 
     async def start(self) -> dict[str, Any]:
-        """Listen; returns {"grpc": "host:port", "pid": …}, with a host that one can call."""
+        """Listen; returns {"grpc": "host:port", "http": the same or None, "pid": …}, with a callable host."""
         self._host = RouterHost(RouterSpec.from_dict(self._spec))
         await self._host.start()
-        host, _, port = self._host.endpoint.rpartition(":")
-        if host in ANY_ADDRESS:
-            host = ray.util.get_node_ip_address()
-        return {"grpc": f"{host}:{port}", "pid": os.getpid()}
+        http = self._host.http_endpoint
+        return {
+            "grpc": _callable(self._host.endpoint),
+            "http": None if http is None else _callable(http),
+            "pid": os.getpid(),
+        }
 
     async def wait(self) -> None:
         """Never returns, see WorkerActor.wait."""
@@ -74,6 +81,12 @@ class RouterActor:
     async def stop(self) -> None:
         if self._host is not None:
             await self._host.stop()
+
+
+def _callable(endpoint: str) -> str:
+    """host:port with an address of this machine in place of one that means all of them."""
+    host, _, port = endpoint.rpartition(":")
+    return f"{ray.util.get_node_ip_address()}:{port}" if host in ANY_ADDRESS else endpoint
 
 
 class ActorHandle:

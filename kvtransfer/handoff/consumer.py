@@ -13,7 +13,8 @@ from pdserve.core.clock import Clock
 from pdserve.core.config import HandoffConfig
 from pdserve.core.errors import InternalError, InvalidRequest
 from pdserve.core.perfmodel import PerfModel
-from pdserve.core.types import HandoffId
+from pdserve.core.security.tls import ClientTls
+from pdserve.core.types import HandoffId, Incarnation, WorkerId
 from pdserve.core.worker_record import WorkerRecord
 from pdserve.kvtransfer.handoff.ask import Committed, HandoffAsk, HandoffPeer, NotServed
 from pdserve.kvtransfer.handoff.decode_attempt import DecodeAttempt
@@ -21,9 +22,11 @@ from pdserve.kvtransfer.handoff.decode_site import DecodeSite, Importers
 from pdserve.kvtransfer.handoff.events import Cancelled
 from pdserve.kvtransfer.handoff.reservations import Reservations
 from pdserve.kvtransfer.handoff.shell import Observer
+from pdserve.kvtransfer.handoff.states import Outcome
 from pdserve.kvtransfer.pool.pool import KvPool
 from pdserve.kvtransfer.pool.storage import KvStorage
 from pdserve.kvtransfer.transports.base import TRANSPORT_LADDER
+from pdserve.proto.connections import connect
 
 __all__ = ["Committed", "DecodeHandoffs", "HandoffAsk", "HandoffPeer", "NotServed"]
 
@@ -52,14 +55,16 @@ class DecodeHandoffs:
         relieve: Callable[[int], object] | None = None,
         preempted: Callable[[], int] | None = None,
         perf: PerfModel | None = None,
+        tls: ClientTls | None = None,
     ) -> None:
         """`progress` counts this worker's work. `transferred` is told (bytes, seconds, transport) of every
         chunk that landed. `relieve(blocks)` is called at every heartbeat while a reservation has to wait: it
         is HandoffServicer.relieve on a worker that also prefills. `preempted()` is how many blocks the
         engine's preempted sequences wait for; handoffs leave them. With `perf`, the model that learns from
         those transfers, blocks are taken as late as the transfer allows while the pool is tight; without it
-        at the first chunk.
+        at the first chunk. `tls` is for the streams to prefill workers.
         """
+        self._tls = tls
         self._site = DecodeSite(
             record=record,
             pool=pool,
@@ -78,6 +83,7 @@ class DecodeHandoffs:
         self._attempts: dict[HandoffId, DecodeAttempt] = {}
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._users: Counter[str] = Counter()
+        self._lost: set[tuple[WorkerId, Incarnation]] = set()
         self._drains: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -150,25 +156,40 @@ class DecodeHandoffs:
         number = next(self._numbers)
         handoff = HandoffId(f"{self._site.record().incarnation}-{number}")
         attempt = self._attempts[handoff] = DecodeAttempt(self._site, handoff, ask, peer)
-        task = asyncio.create_task(self._live(attempt, peer.endpoint), name=f"handoff-{handoff}")
+        task = asyncio.create_task(self._live(attempt), name=f"handoff-{handoff}")
         self._drains.add(task)
         task.add_done_callback(self._drains.discard)
         return attempt
 
-    async def _live(self, attempt: DecodeAttempt, endpoint: str) -> None:
+    async def _live(self, attempt: DecodeAttempt) -> None:
         """From the first message to the end of the last copy."""
-        with self._channel(endpoint) as channel:
-            try:
+        try:
+            with self._channel(attempt.peer.endpoint) as channel:
                 attempt.start(channel)
                 await attempt.finished()
-            finally:
-                del self._attempts[attempt.handoff]
+        finally:
+            del self._attempts[attempt.handoff]
+        await self._let_go(attempt)
+
+    async def _let_go(self, ended: DecodeAttempt) -> None:
+        """Close the way to a peer that was lost, behind the last handoff that may use it.
+
+        A dead peer's memory is free when nobody maps it any more; one that is back is connected to anew.
+        """
+        pair = ended.peer.worker, ended.peer.incarnation
+        result = ended.result.result() if ended.result.done() else None
+        if isinstance(result, NotServed) and result.reason is Outcome.LOST:
+            self._lost.add(pair)
+        in_use = any((at.peer.worker, at.peer.incarnation) == pair for at in self._attempts.values())
+        if pair in self._lost and not in_use:
+            self._lost.remove(pair)
+            await self._site.importers.drop(*pair)
 
     @contextlib.contextmanager
     def _channel(self, endpoint: str) -> Iterator[grpc.aio.Channel]:
         channel = self._channels.pop(endpoint, None)
         if channel is None:
-            channel = grpc.aio.insecure_channel(endpoint, options=CHANNEL_OPTIONS)
+            channel = connect(endpoint, CHANNEL_OPTIONS, self._tls)
         self._channels[endpoint] = channel  # last: the most recently used
         self._users[endpoint] += 1
         try:

@@ -46,7 +46,7 @@ class DecodeAttempt(Shell[DecodeHandoff, pb.DecodeMessage]):
         )
         self._site = site
         self._ask = ask
-        self._peer = peer
+        self.peer = peer
         self.result: asyncio.Future[Committed | NotServed] = asyncio.get_running_loop().create_future()
         self._heard = Heard(peer, ask.positions, site.digest_bytes)
         self._patience = Patience(site, ask, self)
@@ -83,7 +83,7 @@ class DecodeAttempt(Shell[DecodeHandoff, pb.DecodeMessage]):
                 self.watch.heard(self.clock.now())
                 self._receive(message)
         except grpc.aio.AioRpcError as error:
-            reason = f"the stream to {self._peer.endpoint} broke: {error.code().name}: {error.details()}"
+            reason = f"the stream to {self.peer.endpoint} broke: {error.code().name}: {error.details()}"
         except asyncio.CancelledError:
             reason = "the stream was cancelled"
         self.feed(ev.StreamClosed(reason))
@@ -193,22 +193,22 @@ class DecodeAttempt(Shell[DecodeHandoff, pb.DecodeMessage]):
             digest=site.config.digest,
             decode_worker=record.worker,
             decode_incarnation=record.incarnation,
-            prefill_incarnation=self._peer.incarnation,
+            prefill_incarnation=self.peer.incarnation,
         )
 
     async def _connect(self) -> None:
         assert self._heard.opened is not None  # asked for by Opened
         offers = self._heard.opened.offers
         try:
-            importer = await self._site.importers.get(self._peer.worker, self._peer.incarnation, offers)
+            importer = await self._site.importers.get(self.peer.worker, self.peer.incarnation, offers)
         except Exception as error:
-            self.feed(ev.ConnectFailed(f"no transport to {self._peer.worker}: {from_foreign(error)}"))
+            self.feed(ev.ConnectFailed(f"no transport to {self.peer.worker}: {from_foreign(error)}"))
             return
         if importer is None:
             offered = [offer.transport for offer in offers]
             self.feed(
                 ev.ConnectFailed(
-                    f"no transport to {self._peer.worker}: it offers {offered}, "
+                    f"no transport to {self.peer.worker}: it offers {offered}, "
                     f"accepted are {list(self._site.transports)}, none of them is in reach"
                 )
             )
@@ -283,7 +283,7 @@ class DecodeAttempt(Shell[DecodeHandoff, pb.DecodeMessage]):
         if damage is None:
             self.feed(ev.ChunkVerified(seq, rank))
             return
-        said = f"what landed from {self._peer.worker} is damaged: {damage}"
+        said = f"what landed from {self.peer.worker} is damaged: {damage}"
         if not self.over.is_set():
             self.counters["digest_mismatches"] += 1
             _log.error("handoff %s of request %s: %s", self.handoff, self.request, said)

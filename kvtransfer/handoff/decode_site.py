@@ -25,6 +25,9 @@ class Importers(Protocol):
         self, worker: WorkerId, incarnation: Incarnation, offers: Sequence[Offer]
     ) -> Importer | None: ...
 
+    async def drop(self, worker: WorkerId, incarnation: Incarnation) -> None:
+        """Let go of a peer that is gone; nobody fetches from it now."""
+
     async def close(self) -> None: ...
 
 

@@ -4,7 +4,7 @@ Pure accounting: no tensor, no I/O, no clock. Bytes live in KvStorage; this says
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -40,7 +40,7 @@ class KvPool:
     """One owner of one free list, safe to call from the engine's thread and the I/O loop.
 
         free ──allocate──► held ──release──► cached (named) or free
-        cached ──acquire_prefix, pin──► held            cached ──evict──► free
+        cached ──acquire_prefix, pin──► held            cached ──evict──► free          held ──fork──► held
         free ──reserve──► reserved ──start_loading──► loading ──landed──► reserved ──commit──► held
         reserved ──release──► free                      loading ──release──► quarantined ──drain──► free
 
@@ -57,7 +57,8 @@ class KvPool:
         *,
         overbook: float = 1.0,
     ) -> None:
-        """`generations`: uint64 [num_blocks]. At most `overbook` x num_blocks blocks are promised."""
+        """`generations`: uint64 [num_blocks]. At most `overbook` x num_blocks blocks are promised to
+        newcomers."""
         self.layout = layout
         self._blocks = Blocks(num_blocks, generations)
         self._cache = PrefixCache(listener)
@@ -109,6 +110,14 @@ class KvPool:
         """Add `blocks` to the owner's promise; False, and no change, beyond total x overbook."""
         with self._lock:
             return self._promises.add(owner, blocks)
+
+    def raise_promise(self, owner: OwnerId, blocks: int) -> None:
+        """The owner's promise is at least `blocks` from now on, also beyond total x overbook.
+
+        For what is owed already, as to a preempted sequence: `promise` refuses until the excess is gone.
+        """
+        with self._lock:
+            self._promises.raise_to(owner, blocks)
 
     def promised(self, owner: OwnerId) -> int:
         """Blocks promised to the owner; 0 where there is no promise."""
@@ -198,21 +207,24 @@ class KvPool:
             held = self._tables.get(reader, {})
             self._refer_all(reader, tuple(block for block in blocks if block not in held), "pin")
 
-    def adopt(self, source: OwnerId, target: OwnerId) -> None:
-        """Append the source's table and promise to the target's; no state changes. Quarantine stays."""
+    def fork(self, source: OwnerId, target: OwnerId, shared: int, fresh: int) -> tuple[BlockId, ...] | None:
+        """Append the first `shared` blocks of the source's table to the target's, and `fresh` held ones.
+
+        Returns the fresh blocks; None where there is no room, and nothing has changed. Shared blocks are full
+        and final; what is still to be written is copied to a fresh block before the source goes on.
+        """
         with self._lock:
-            moved = self._tables.get(source, {})
-            present = self._tables.get(target, {})
-            if source == target or (shared := moved.keys() & present.keys()):
-                what = (
-                    "itself"
-                    if source == target
-                    else f"{source}, which shares blocks {sorted(shared)} with it"
+            table = tuple(self._tables.get(source, ()))
+            if not 0 <= shared <= len(table) or fresh < 0:
+                raise PoolError(
+                    f"{target} cannot fork {shared} blocks of {source}, which has {len(table)}, "
+                    f"with {fresh} of its own"
                 )
-                raise PoolError(f"{target} cannot adopt the table of {what}")
-            if moved:
-                self._tables.setdefault(target, {}).update(self._tables.pop(source))
-            self._promises.move(source, target)
+            self._require(source, table[:shared], BlockState.HELD, "share")
+            if fresh > self._available():
+                return None
+            self._refer_all(target, table[:shared], "fork")
+            return self._take_fresh(target, fresh, BlockState.HELD)
 
     # Filling reserved blocks
 
@@ -244,19 +256,8 @@ class KvPool:
         quarantined under the owner until `drain`.
         """
         with self._gaining():
-            self._drop_tail(owner, len(self._tables.get(owner, ())))
-
-    def release_blocks(self, owner: OwnerId, blocks: Iterable[BlockId]) -> None:
-        """As `release`, for the given last blocks of the owner's table (in any order)."""
-        with self._gaining():
-            table = self._tables.get(owner, {})
-            dropped = set(blocks)
-            tail = {block for block, _ in zip(reversed(table), range(len(dropped)), strict=False)}
-            if tail != dropped:
-                raise PoolError(
-                    f"{owner} cannot release blocks {sorted(dropped)}: its table ends with {sorted(tail)}"
-                )
-            self._drop_tail(owner, len(dropped))
+            for block in reversed(self._tables.pop(owner, {})):
+                self._drop(owner, block)
 
     def drain(self, owner: OwnerId) -> None:
         """The owner's dead transfer can write no more: its quarantined blocks are free. Idempotent."""
@@ -363,13 +364,6 @@ class KvPool:
             self._require(owner, unique, before, verb)
             for block in unique:
                 self._blocks.move(block, after)
-
-    def _drop_tail(self, owner: OwnerId, count: int) -> None:
-        for _ in range(count):
-            block, _unused = self._tables[owner].popitem()
-            self._drop(owner, block)
-        if not self._tables.get(owner, True):
-            del self._tables[owner]
 
     def _drop(self, owner: OwnerId, block: BlockId) -> None:
         if self._blocks.unrefer(block):

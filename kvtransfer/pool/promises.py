@@ -5,7 +5,8 @@ from pdserve.kvtransfer.pool.errors import IntegrityError, PoolError
 
 
 class Promises:
-    """Claims on blocks that are not taken yet; their sum never exceeds `limit` blocks."""
+    """Claims on blocks that are not taken yet. Nobody gets a new one while their sum exceeds `limit` blocks;
+    only what an owner is owed already may take it there."""
 
     def __init__(self, limit: float) -> None:
         self._limit = limit
@@ -33,16 +34,18 @@ class Promises:
             self._total += blocks
         return True
 
+    def raise_to(self, owner: OwnerId, blocks: int) -> None:
+        """The owner is owed `blocks` in all, also beyond the limit. Never lowers a promise."""
+        more = max(0, blocks - self.of(owner))
+        if more:
+            self._by_owner[owner] = self.of(owner) + more
+            self._total += more
+
     def drop(self, owner: OwnerId) -> int:
         """Take the whole promise back; returns how many blocks it was."""
         blocks = self._by_owner.pop(owner, 0)
         self._total -= blocks
         return blocks
-
-    def move(self, source: OwnerId, target: OwnerId) -> None:
-        """Add the source's promise to the target's."""
-        if source in self._by_owner:
-            self._by_owner[target] = self.of(target) + self._by_owner.pop(source)
 
     def check_integrity(self) -> None:
         if sum(self._by_owner.values()) != self._total:

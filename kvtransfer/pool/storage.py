@@ -124,6 +124,14 @@ class KvStorage:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def copy_blocks(self, sources: Sequence[BlockId], targets: Sequence[BlockId]) -> None:
+        """Copy whole blocks within the pool, pair by pair; on a device in the order of its stream.
+
+        The caller owns the targets, and nobody writes the sources meanwhile.
+        """
+        for source, target in zip(sources, targets, strict=True):
+            self.tensor[target].copy_(self.tensor[source])
+
     def close(self) -> None:
         """Give all memory back, also where a peer still maps it: it reads zeros, which is no generation.
 

@@ -7,13 +7,12 @@ from collections.abc import Iterator
 import pytest
 from bare_cluster import BareCluster, bare_cluster
 from parity import assert_equal_to_references, in_flight, one_at_a_time, sampled
-from references import QUICK, references
+from references import QUICK, QUICK_TOKENS, references
 
 from pdserve.client import AsyncClient
 from pdserve.core.config import HandoffConfig
 from pdserve.core.types import Role
 
-TOKENS = 24
 SAMPLED: dict[str, list[tuple[int, ...]]] = {}
 FULL_SAMPLED: dict[str, list[tuple[int, ...]]] = {}
 
@@ -37,10 +36,10 @@ async def test_greedy_tokens_equal_transformers_alone_in_flight_and_from_reused_
     name, cluster = deployment
     cases = references(QUICK)
     async with AsyncClient(cluster.target, timeout=120) as client:
-        first = await one_at_a_time(client, cases, TOKENS)
-        assert_equal_to_references(first, cases, TOKENS)
-        again = await in_flight(client, cases, TOKENS)
-        assert_equal_to_references(again, cases, TOKENS)
+        first = await one_at_a_time(client, cases, QUICK_TOKENS)
+        assert_equal_to_references(first, cases, QUICK_TOKENS)
+        again = await in_flight(client, cases, QUICK_TOKENS)
+        assert_equal_to_references(again, cases, QUICK_TOKENS)
     long = next(result for result, case in zip(first, cases, strict=True) if case.name == "long-1600")
     if name == "aggregated":
         assert long.route.blocks_moved == 0
@@ -57,9 +56,9 @@ async def test_seeded_sampling_is_the_same_in_every_deployment(deployment: tuple
     name, cluster = deployment
     cases = references(QUICK[:3])
     async with AsyncClient(cluster.target, timeout=120) as client:
-        tokens = await sampled(client, cases, TOKENS)
-        assert tokens == await sampled(client, cases, TOKENS)
-    greedy = [tuple(case.completion[:TOKENS]) for case in cases]
+        tokens = await sampled(client, cases, QUICK_TOKENS)
+        assert tokens == await sampled(client, cases, QUICK_TOKENS, concurrency=1)
+    greedy = [tuple(case.completion[:QUICK_TOKENS]) for case in cases]
     assert tokens != greedy, "temperature 0.8 changed nothing"
     SAMPLED[name] = tokens
     assert all(other == tokens for other in SAMPLED.values()), f"{name} differs from {sorted(SAMPLED)}"

@@ -41,7 +41,7 @@ def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clean")
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
-    run(python, "-m", "pip", "install", "-qq", "-c", ROOT / "constraints.txt", wheel)
+    run(python, "-I", "-m", "pip", "install", "-qq", "-c", ROOT / "constraints.txt", wheel)
     return folder / "bin"
 
 
@@ -66,7 +66,7 @@ def test_the_wheel_holds_every_source_as_a_real_file(wheel: Path) -> None:
 
 
 def test_the_base_install_computes_and_serves_nothing(clean: Path) -> None:
-    listed = run(clean / "python", "-m", "pip", "list", "--format=freeze").stdout
+    listed = run(clean / "python", "-I", "-m", "pip", "list", "--format=freeze").stdout
     names = {line.partition("==")[0].lower().replace("_", "-") for line in listed.splitlines()}
     assert {"pdserve", "grpcio", "protobuf"} <= names
     assert names <= {

@@ -9,6 +9,9 @@ FILE = Path(__file__).resolve().parents[1] / "integration" / "references" / "smo
 QUICK = ("chat-capital", "code-python", "long-1600", "chinese", "emoji", "length-33")
 """One of each kind, for `make test`."""
 
+QUICK_TOKENS = 24
+"""Whatever the prompt's length, the last token is computed from a block that the completion began."""
+
 
 @dataclass(frozen=True)
 class Reference:

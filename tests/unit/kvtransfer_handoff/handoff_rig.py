@@ -188,6 +188,7 @@ class HeldImporters:
         self._wrap = wrap
         self._wrapped: dict[int, Importer] = {}
         self.given = 0
+        self.dropped: list[tuple[WorkerId, Incarnation]] = []
 
     async def get(
         self, worker: WorkerId, incarnation: Incarnation, offers: Sequence[Offer]
@@ -199,6 +200,10 @@ class HeldImporters:
         if id(importer) not in self._wrapped:
             self._wrapped[id(importer)] = self._wrap(importer)
         return self._wrapped[id(importer)]
+
+    async def drop(self, worker: WorkerId, incarnation: Incarnation) -> None:
+        self.dropped.append((worker, incarnation))
+        await self._inner.drop(worker, incarnation)
 
     async def close(self) -> None:
         await self._inner.close()

@@ -156,9 +156,9 @@ def test_blocks_of_a_dead_transfer_are_nobodys_until_drained() -> None:
     pool.check_integrity()
 
 
-def test_a_handoff_fills_commits_and_is_adopted_with_its_promise() -> None:
+def test_a_handoff_commits_what_no_transfer_may_write_any_more() -> None:
     pool = pool_of(4)
-    handoff, sequence = OwnerId("handoff"), OwnerId("sequence")
+    handoff = OwnerId("handoff")
     assert pool.promise(handoff, 3)
     blocks = taken(pool.reserve(handoff, 2))
     pool.start_loading(handoff, blocks)
@@ -166,10 +166,9 @@ def test_a_handoff_fills_commits_and_is_adopted_with_its_promise() -> None:
         pool.commit(handoff)
     pool.landed(handoff, blocks)
     pool.commit(handoff)
-    pool.adopt(handoff, sequence)
-    assert pool.table(sequence) == blocks
-    assert (pool.promised(handoff), pool.promised(sequence)) == (0, 3)
-    assert pool.owners() == (sequence,)
+    assert pool.table(handoff) == blocks
+    assert pool.promised(handoff) == 3
+    assert pool.counts().held == 2
     pool.check_integrity()
 
 
@@ -185,6 +184,24 @@ def test_promises_stop_at_the_overbooked_total_and_survive_a_preemption() -> Non
     pool.unpromise(A)
     pool.unpromise(A)
     assert pool.promise(B, 4)
+    pool.check_integrity()
+
+
+def test_what_is_owed_may_pass_the_limit_and_then_nobody_new_is_promised() -> None:
+    pool = pool_of(4)
+    assert pool.promise(A, 2)
+    assert pool.promise(B, 2)
+    pool.raise_promise(A, 1)  # covered already
+    assert pool.promised(A) == 2
+    pool.raise_promise(A, 4)
+    assert (pool.promised(A), pool.counts().promised) == (4, 6)
+    pool.check_integrity()
+    assert not pool.promise(READER, 1)
+    pool.unpromise(B)
+    assert not pool.promise(READER, 1)
+    pool.unpromise(A)
+    assert pool.counts().promised == 0
+    assert pool.promise(READER, 4)
     pool.check_integrity()
 
 
@@ -228,12 +245,7 @@ def test_names_lists_everything_findable_parents_first() -> None:
             "reader cannot pin block 2: it is reserved",
             lambda pool: pool.pin(READER, [BlockId(0), BlockId(2)]),
         ),
-        (
-            "a cannot release blocks .0.: its table ends with",
-            lambda pool: pool.release_blocks(A, [BlockId(0)]),
-        ),
         ("a cannot acquire .*twice", lambda pool: pool.acquire_prefix(A, names("n", 1))),
-        ("a cannot adopt the table of itself", lambda pool: pool.adopt(A, A)),
     ],
 )
 def test_an_illegal_move_tells_its_story_and_changes_nothing(
@@ -314,4 +326,39 @@ def test_an_acquire_without_room_changes_nothing_and_tells_nobody() -> None:
     assert pool.counts() == before
     assert (heard, log.removed_names, pool.table(A)) == ([], [], ())
     assert pool.acquire(A, chain, 3) == 2
+    pool.check_integrity()
+
+
+def test_a_fork_shares_what_is_full_and_takes_the_rest_for_itself() -> None:
+    pool = pool_of(8)
+    chain = names("c", 3)
+    for block, name in zip(taken(pool.allocate(A, 4)), chain, strict=False):
+        pool.name(A, block, name)
+    generations = [pool.generation(block) for block in pool.table(A)]
+    (fresh,) = taken(pool.fork(A, B, 3, 1))
+    assert pool.table(B) == (*pool.table(A)[:3], fresh)
+    assert fresh not in pool.table(A)
+    assert pool.counts().held == 5
+    pool.release(A)
+    assert pool.counts().held == 4  # B keeps what it shared
+    assert [pool.generation(block) for block in pool.table(B)[:3]] == generations[:3]
+    pool.check_integrity()
+    pool.release(B)
+    assert (pool.counts().cached, pool.counts().free) == (3, 5)
+    pool.check_integrity()
+
+
+def test_a_fork_without_room_or_of_what_is_not_there_changes_nothing() -> None:
+    pool = pool_of(4)
+    taken(pool.allocate(A, 4))
+    assert pool.fork(A, B, 3, 1) is None
+    for shared, fresh in ((5, 0), (-1, 0), (1, -1)):
+        with pytest.raises(PoolError, match="cannot fork"):
+            pool.fork(A, B, shared, fresh)
+    assert pool.owners() == (A,)
+    pool.release(A)
+    taken(pool.reserve(A, 2))
+    with pytest.raises(PoolError, match="cannot share block"):
+        pool.fork(A, B, 1, 1)
+    assert pool.owners() == (A,)
     pool.check_integrity()

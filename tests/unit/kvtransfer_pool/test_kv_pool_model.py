@@ -206,15 +206,19 @@ class PoolMachine(RuleBasedStateMachine):
         if legal:
             self.hold(owner, fresh)
 
-    @rule(giver=owner_ids, taker=owner_ids)
-    def adopt(self, giver: OwnerId, taker: OwnerId) -> None:
-        legal = giver != taker and not set(self.tables[giver]) & set(self.tables[taker])
-        self.expect(legal, lambda: self.pool.adopt(giver, taker))
-        if legal:
-            self.tables[taker] += self.tables[giver]
-            self.tables[giver] = []
-            self.promises[taker] += self.promises[giver]
-            self.promises[giver] = 0
+    @rule(giver=owner_ids, taker=owner_ids, shared=small, fresh=st.integers(0, 2))
+    def fork(self, giver: OwnerId, taker: OwnerId, shared: int, fresh: int) -> None:
+        blocks = self.tables[giver][:shared]
+        legal = len(blocks) == shared and all(self.states[block] == "held" for block in blocks)
+        room = self.states.count("free") + self.states.count("cached")
+        # Where there is no room, nobody is told that the tables do not go together either.
+        legal = legal and (fresh > room or not set(blocks) & set(self.tables[taker]))
+        taken = self.expect(legal, lambda: self.pool.fork(giver, taker, shared, fresh))
+        if not legal:
+            return
+        if taken is not None:
+            self.hold(taker, blocks)
+        self.take(taker, fresh, taken, "held")
 
     @rule(owner=owner_ids)
     def release(self, owner: OwnerId) -> None:
@@ -222,19 +226,6 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.release(owner)
         freed = [self.drop(owner, block) for block in reversed(list(self.tables[owner]))]
         assert self.woken == woken + any(freed)
-
-    @rule(owner=owner_ids, n=small)
-    def release_tail(self, owner: OwnerId, n: int) -> None:
-        tail = self.tables[owner][len(self.tables[owner]) - min(n, len(self.tables[owner])) :]
-        self.pool.release_blocks(owner, tail)
-        for block in reversed(tail):
-            self.drop(owner, block)
-
-    @precondition(lambda self: any(len(table) > 1 for table in self.tables.values()))
-    @rule(data=st.data())
-    def release_head(self, data: st.DataObject) -> None:
-        owner = data.draw(st.sampled_from([owner for owner in OWNERS if len(self.tables[owner]) > 1]))
-        self.expect(False, lambda: self.pool.release_blocks(owner, self.tables[owner][:1]))
 
     @rule(owner=owner_ids)
     def drain(self, owner: OwnerId) -> None:
@@ -250,6 +241,11 @@ class PoolMachine(RuleBasedStateMachine):
         fits = sum(self.promises.values()) + blocks <= TOTAL * OVERBOOK
         assert self.pool.promise(owner, blocks) == fits
         self.promises[owner] += blocks if fits else 0
+
+    @rule(owner=owner_ids, blocks=st.integers(0, 12))
+    def raise_promise(self, owner: OwnerId, blocks: int) -> None:
+        self.pool.raise_promise(owner, blocks)
+        self.promises[owner] = max(self.promises[owner], blocks)
 
     @rule(owner=owner_ids)
     def unpromise(self, owner: OwnerId) -> None:

@@ -129,3 +129,12 @@ def test_close_gives_the_memory_back_even_where_it_is_mapped() -> None:
         _ = storage.tensor
     with pytest.raises(Unavailable):
         _ = storage.bytes_view
+
+
+def test_blocks_are_copied_within_the_pool_and_no_other_one_changes() -> None:
+    storage = KvStorage(layout("bfloat16"), 4)
+    storage.tensor.copy_(torch.arange(storage.tensor.numel()).view(storage.tensor.shape))
+    before = storage.read_blocks(ids(0, 1, 2, 3))
+    storage.copy_blocks(ids(3, 1), ids(0, 2))
+    assert (storage.read_blocks(ids(0, 1, 2, 3)) == before[[3, 1, 1, 3]]).all()
+    storage.close()
