@@ -3,6 +3,7 @@
 import importlib.util
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,35 @@ def resolve_model(ref: str) -> Path:
     if _HUB_ID.fullmatch(ref):
         return _from_hub(ref)
     raise ConfigError(f"no model {ref!r} on this machine; possible are {_POSSIBLE}")
+
+
+@dataclass(frozen=True, slots=True)
+class CachedModel:
+    """A model of the Hugging Face hub that was downloaded before."""
+
+    model_id: str
+    path: Path
+    """The folder of its newest snapshot."""
+    num_bytes: int
+    """Of all its files."""
+
+
+def cached_models() -> list[CachedModel]:
+    """Models in the hub's local cache, by name; none where the package or the cache is not there."""
+    if importlib.util.find_spec("huggingface_hub") is None:
+        return []
+    import huggingface_hub
+
+    try:
+        repos = huggingface_hub.scan_cache_dir().repos
+    except huggingface_hub.CacheNotFound:
+        return []
+    found = []
+    for repo in repos:
+        if repo.repo_type == "model" and repo.revisions:
+            newest = max(repo.revisions, key=lambda revision: revision.last_modified)
+            found.append(CachedModel(repo.repo_id, newest.snapshot_path, repo.size_on_disk))
+    return sorted(found, key=lambda model: model.model_id)
 
 
 def _model_file(path: Path) -> Path:

@@ -116,6 +116,13 @@ class GgufHeader:
             return value
         raise self._wrong_type(key, value, "an array of integers")
 
+    def numbers(self, key: str) -> list[float]:
+        """The array of numbers at `key`, empty where the file does not say."""
+        value = self._values.get(key, [])
+        if isinstance(value, list) and all(isinstance(item, int | float) for item in value):
+            return value
+        raise self._wrong_type(key, value, "an array of numbers")
+
     def _wrong_type(self, key: str, value: object, wanted: str) -> ConfigError:
         return ConfigError(f"{self.path}: {key} is {type(value).__name__}, expected {wanted}")
 

@@ -8,6 +8,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from pdserve.core.errors import ConfigError
 from pdserve.core.gguf_header import GgufHeader
+from pdserve.core.text.gguf_sentencepiece import sentencepiece_tokenizer
 
 _CONTROL_TOKEN: Final = 3
 _USER_DEFINED_TOKEN: Final = 4
@@ -62,10 +63,18 @@ class GgufVocabulary:
 
 
 def build_tokenizer(metadata: GgufHeader) -> Tokenizer | None:
-    """The byte-level BPE tokenizer that the header describes, None where it describes another kind.
+    """The tokenizer that the header describes: byte-level BPE, or Gemma's; None where it is of another kind.
 
     Raises ConfigError when the header names such a tokenizer but lacks its tables.
     """
+    if metadata.string("tokenizer.ggml.model") == "llama" and (
+        metadata.string("general.architecture") == "gemma"  # which transformers cannot read
+    ):
+        tokenizer = sentencepiece_tokenizer(metadata)
+        tokens = metadata.strings("tokenizer.ggml.tokens")
+        _add_parsed_tokens(tokenizer, tokens, metadata.integers("tokenizer.ggml.token_type"))
+        _set_template(tokenizer, tokens, metadata, _PreTokenization(add_bos=True))
+        return tokenizer
     pre = _PRE_TOKENIZATIONS.get(metadata.string("tokenizer.ggml.pre") or "default")
     if metadata.string("tokenizer.ggml.model") != "gpt2" or pre is None:
         return None

@@ -36,6 +36,7 @@ class HfFolder:
             tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
             raise ConfigError(f"{file} is not a tokenizer: {error}; download the model again") from error
+        tokenizer = self._without_rowless_tokens(tokenizer, file)
         # Left over from training in some folders: a server must neither cut nor pad a prompt.
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -78,11 +79,28 @@ class HfFolder:
             raise ConfigError(f"{self.path}: eos_token_id must be a number or a list of numbers, got {ids}")
         return frozenset(ids)
 
+    def _without_rowless_tokens(self, tokenizer: Tokenizer, file: Path) -> Tokenizer:
+        """Drop special tokens that the embedding has no row for.
+
+        Some text models come with the tokenizer of their larger, multimodal kin (Gemma 3 1B's image token).
+        """
+        rows = self._read_json("config.json").get("vocab_size")
+        if not isinstance(rows, int) or not any(
+            token_id >= rows and token.special
+            for token_id, token in tokenizer.get_added_tokens_decoder().items()
+        ):
+            return tokenizer
+        content = json.loads(file.read_text(encoding="utf-8"))
+        content["added_tokens"] = [
+            token for token in content["added_tokens"] if token["id"] < rows or not token["special"]
+        ]
+        return Tokenizer.from_str(json.dumps(content))
+
     def _convert_slow(self) -> Tokenizer:
         if not any((self.path / name).is_file() for name in _SLOW_TOKENIZER_FILES):
             raise ConfigError(
                 f"no tokenizer in {self.path}: expected tokenizer.json or one of "
-                f"{', '.join(_SLOW_TOKENIZER_FILES)}"
+                f"{', '.join(_SLOW_TOKENIZER_FILES)}; download it with the model"
             )
         from transformers import AutoTokenizer
 
@@ -103,7 +121,7 @@ class HfFolder:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{file} is not JSON: {error}") from error
+            raise ConfigError(f"{file} is not JSON ({error}): download it again") from error
         if not isinstance(content, dict):
             raise ConfigError(f"{file} holds a {type(content).__name__}, expected an object")
         return content

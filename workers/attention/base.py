@@ -1,10 +1,22 @@
 """What a decoder asks of an attention implementation."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from pdserve.workers.attention.batch import StepBatch
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionRule:
+    """How one layer scores: score = soft_cap(scale x q . k), over the last `window` positions."""
+
+    scale: float
+    window: int | None = None
+    """Positions that a query sees, its own included; None: all before it."""
+    soft_cap: float | None = None
+    """Scores s become cap x tanh(s / cap) before the softmax."""
 
 
 class Attention(Protocol):
@@ -19,9 +31,11 @@ class Attention(Protocol):
         """Store k (after rope) and v, both [T, kv heads, head_dim], in the batch's slots."""
         ...
 
-    def attend(self, q: torch.Tensor, kv_layer: torch.Tensor, batch: StepBatch) -> torch.Tensor:
+    def attend(
+        self, q: torch.Tensor, kv_layer: torch.Tensor, batch: StepBatch, rule: AttentionRule
+    ) -> torch.Tensor:
         """Attend q [T, heads, head_dim] (after rope) to each row's own context, its own position included.
 
-        Scores are scaled by head_dim ** -0.5. Returns [T, heads, head_dim] in q's dtype.
+        Returns [T, heads, head_dim] in q's dtype.
         """
         ...

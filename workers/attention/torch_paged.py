@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from pdserve.core.types import BLOCK_TOKENS
+from pdserve.workers.attention.base import AttentionRule
 from pdserve.workers.attention.batch import DecodeGroup, PrefillSpan, StepBatch
 
 _QUERY_TILE = 128
@@ -23,31 +24,40 @@ class TorchPagedAttention:
         kv_layer[:, 0].transpose(1, 2)[slots] = k
         kv_layer[:, 1].transpose(1, 2)[slots] = v
 
-    def attend(self, q: torch.Tensor, kv_layer: torch.Tensor, batch: StepBatch) -> torch.Tensor:
+    def attend(
+        self, q: torch.Tensor, kv_layer: torch.Tensor, batch: StepBatch, rule: AttentionRule
+    ) -> torch.Tensor:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         if batch.decode is not None:
-            out[batch.decode.rows] = _attend_decode(q[batch.decode.rows], kv_layer, batch.decode)
+            out[batch.decode.rows] = _attend_decode(q[batch.decode.rows], kv_layer, batch.decode, rule)
         for span in batch.prefills:
             rows = slice(span.first_row, span.first_row + span.rows)
-            _attend_prefill(q[rows], kv_layer, span, out[rows])
+            _attend_prefill(q[rows], kv_layer, span, rule, out[rows])
         return out
 
 
-def _attend_decode(q: torch.Tensor, kv_layer: torch.Tensor, group: DecodeGroup) -> torch.Tensor:
+def _attend_decode(
+    q: torch.Tensor, kv_layer: torch.Tensor, group: DecodeGroup, rule: AttentionRule
+) -> torch.Tensor:
     """q [S1, heads, head_dim] -> the same shape."""
     k, v = _gather(kv_layer, group.block_table)
     # What lies past a context may be NaN: masked scores alone would still meet it as 0 x NaN.
     stale = ~group.valid[:, None, group.shortest_full :, None]
     k[:, :, group.shortest_full :].masked_fill_(stale, 0)
     v[:, :, group.shortest_full :].masked_fill_(stale, 0)
+    seen = group.valid
+    if rule.window is not None:
+        ahead = seen.sum(dim=1, keepdim=True) - torch.arange(seen.shape[1], device=seen.device)
+        seen = seen & (ahead <= rule.window)
     sequences, heads, head_dim = q.shape
     kv_heads = kv_layer.shape[2]
     grouped = q.view(sequences, kv_heads, heads // kv_heads, head_dim)
-    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=group.valid[:, None, None, :])
-    return out.reshape(sequences, heads, head_dim)
+    return _weigh(grouped, k, v, seen[:, None, None, :], rule).reshape(sequences, heads, head_dim)
 
 
-def _attend_prefill(q: torch.Tensor, kv_layer: torch.Tensor, span: PrefillSpan, out: torch.Tensor) -> None:
+def _attend_prefill(
+    q: torch.Tensor, kv_layer: torch.Tensor, span: PrefillSpan, rule: AttentionRule, out: torch.Tensor
+) -> None:
     """q [rows, heads, head_dim]; writes `out` of the same shape."""
     k, v = _gather(kv_layer, span.block_table[None])
     rows, heads, head_dim = q.shape
@@ -58,13 +68,31 @@ def _attend_prefill(q: torch.Tensor, kv_layer: torch.Tensor, span: PrefillSpan, 
         last = min(first + _QUERY_TILE, rows)
         tile = last - first
         context = span.start + last
+        # Keys before the first row's window are nobody's in this tile.
+        lowest = 0 if rule.window is None else max(0, span.start + first + 1 - rule.window)
         folded = by_head[:, :, first:last].reshape(1, kv_heads, group * tile, head_dim)
-        causal = torch.ones(tile, context, dtype=torch.bool, device=q.device).tril(span.start + first)
-        attended = F.scaled_dot_product_attention(
-            folded, k[:, :, :context], v[:, :, :context], attn_mask=causal.repeat(group, 1)
+        seen = torch.ones(tile, context - lowest, dtype=torch.bool, device=q.device)
+        seen = seen.tril(span.start + first - lowest)
+        if rule.window is not None:
+            seen = seen.triu(span.start + first - lowest - rule.window + 1)
+        attended = _weigh(
+            folded, k[:, :, lowest:context], v[:, :, lowest:context], seen.repeat(group, 1), rule
         )
         unfolded = attended.view(kv_heads, group, tile, head_dim).permute(2, 0, 1, 3)
         out[first:last] = unfolded.reshape(tile, heads, head_dim)
+
+
+def _weigh(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, rule: AttentionRule
+) -> torch.Tensor:
+    """softmax(scores) v over the keys that `seen` (broadcast to [.., rows, keys]) allows: one at least."""
+    if rule.soft_cap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=rule.scale)
+    # The fused kernel cannot bend scores: as transformers' eager attention, softmax in float32.
+    scores = torch.matmul(q, k.transpose(-1, -2)) * rule.scale
+    scores = (scores / rule.soft_cap).tanh_() * rule.soft_cap
+    scores = scores.masked_fill(~seen, -torch.inf)
+    return torch.matmul(F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype), v)
 
 
 def _gather(kv_layer: torch.Tensor, block_table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,50 +4,51 @@ from dataclasses import dataclass
 
 from pdserve.core.errors import ConfigError
 from pdserve.core.types import BLOCK_TOKENS
-
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+from pdserve.workers.models.families import Family, known_models
+from pdserve.workers.models.rope_scaling import Rope
 
 
 @dataclass(frozen=True, slots=True)
-class Llama3RopeScaling:
-    """Llama 3.1's stretching of the low rotary frequencies.
+class LayerKind:
+    """How one layer's attention sees positions."""
 
-    Wavelengths above `original_max_position_embeddings / low_freq_factor` are divided by `factor`, those
-    below `original_max_position_embeddings / high_freq_factor` are kept, those between are blended.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+    rope: Rope | None
+    """None: the layer's queries and keys are not rotated (SmolLM3's no-rope layers)."""
+    window: int | None
+    """Tokens that a query sees, its own included; None: all."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A llama-like decoder: RMS norm, rotary positions, grouped-query attention, gated SiLU MLP.
+    """A decoder of one of the known families: RMS norm, grouped-query attention, gated MLP.
 
     Raises:
         ConfigError: the numbers do not fit together.
     """
 
-    architecture: str
+    family: Family
     vocab_size: int
+    """Rows of the embedding."""
     hidden_size: int
     intermediate_size: int
-    num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    layers: tuple[LayerKind, ...]
     rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: Llama3RopeScaling | None
     max_position_embeddings: int
     tie_word_embeddings: bool
     attention_bias: bool
-    """q, k and v projections have a bias (Qwen2 always)."""
+    """q, k and v projections have a bias."""
     output_bias: bool
-    """The attention's output projection has a bias (Llama's `attention_bias` covers it, Qwen2's does not)."""
+    """The attention's output projection has a bias (Qwen2 has only the other three)."""
     mlp_bias: bool
+    attention_scale: float
+    """Scores are multiplied by it: head_dim ** -0.5 in most families."""
+    attention_soft_cap: float | None
+    """Scores s become cap x tanh(s / cap)."""
+    final_soft_cap: float | None
+    """The same, of the logits."""
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     """Tokens that end a sequence; may be empty."""
@@ -72,16 +73,41 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"{self.architecture}: head_dim {self.head_dim} is odd, rotary needs pairs")
+        for name in ("attention_scale", "attention_soft_cap", "final_soft_cap"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{self.architecture}: {name} is {value}, must be above 0")
+
+    @property
+    def architecture(self) -> str:
+        """As transformers names it."""
+        return self.family.architecture
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
 
     def kv_shape(self, num_blocks: int) -> tuple[int, int, int, int, int, int]:
         """Shape of a pool's tensor: [blocks, layers, K|V, kv heads, tokens of a block, head_dim]."""
         return (num_blocks, self.num_layers, 2, self.num_kv_heads, BLOCK_TOKENS, self.head_dim)
 
 
+def own_window(window: int | None, context: int) -> int | None:
+    """A window that the context never outgrows is none."""
+    return None if window is None or window >= context else window
+
+
+def check_special_ids(source: object, vocab_size: int, ids: dict[str, tuple[int, ...]]) -> None:
+    """Raises ConfigError for an id (by its key in `source`) that the embedding has no row for."""
+    for key, numbers in ids.items():
+        for number in numbers:
+            if not 0 <= number < vocab_size:
+                raise ConfigError(
+                    f"{source}: {key} {number} is outside the model's {vocab_size} token ids (0 to "
+                    f"{vocab_size - 1}); correct it, or take this file and the weights from one download"
+                )
+
+
 def unsupported(source: object, found: str) -> ConfigError:
     """The error for a model that this decoder would compute wrongly: what was found, what is supported."""
-    return ConfigError(
-        f"{source}: {found} is not supported; supported are {', '.join(SUPPORTED_ARCHITECTURES)} and GGUF "
-        "architectures llama and qwen2, with full attention, SiLU, default or llama3 rope, and weights in "
-        "float32, float16 or bfloat16 (GGUF also Q8_0, Q4_0, Q4_1)"
-    )
+    return ConfigError(f"{source}: {found} is not supported; {known_models()}")

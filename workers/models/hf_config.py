@@ -1,73 +1,19 @@
 """ModelConfig from a Hugging Face folder: config.json and, if present, generation_config.json."""
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from pdserve.core.errors import ConfigError
-from pdserve.workers.models.config import (
-    SUPPORTED_ARCHITECTURES,
-    Llama3RopeScaling,
-    ModelConfig,
-    unsupported,
+from pdserve.workers.models.config import ModelConfig, check_special_ids, unsupported
+from pdserve.workers.models.families import (
+    FAMILIES,
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
+    Activation,
+    Family,
 )
-
-_DEFAULT_ROPE_THETA = 10000.0
-
-
-class _Fields:
-    """Typed reads of a JSON object; null counts as absent, as in transformers."""
-
-    def __init__(self, raw: Mapping[str, Any], source: Path) -> None:
-        self._raw = raw
-        self.source = source
-
-    def get(self, key: str) -> Any:
-        return self._raw.get(key)
-
-    def has(self, key: str) -> bool:
-        return key in self._raw
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self._value(key, default)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigError(f"{self.source}: {key} is {value!r}, must be an integer")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self._value(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ConfigError(f"{self.source}: {key} is {value!r}, must be a number")
-        return float(value)
-
-    def boolean(self, key: str, default: bool) -> bool:
-        value = self._value(key, default)
-        if not isinstance(value, bool):
-            raise ConfigError(f"{self.source}: {key} is {value!r}, must be true or false")
-        return value
-
-    def section(self, key: str) -> "_Fields":
-        """A nested object; an absent one reads as empty."""
-        value = self._raw.get(key)
-        if value is not None and not isinstance(value, dict):
-            raise ConfigError(f"{self.source}: {key} is {value!r}, must be an object")
-        return _Fields(value or {}, self.source)
-
-    def token_ids(self, key: str) -> tuple[int, ...]:
-        value = self._raw.get(key)
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
-            raise ConfigError(f"{self.source}: {key} is {value!r}, must be a token id or a list of them")
-        return tuple(ids)
-
-    def _value(self, key: str, default: object) -> Any:
-        value = self._raw.get(key)
-        if value is not None:
-            return value
-        if default is None:
-            raise ConfigError(f"{self.source}: {key} is missing")
-        return default
+from pdserve.workers.models.hf_layers import layers_of
+from pdserve.workers.models.json_fields import JsonFields
 
 
 def config_from_folder(folder: Path) -> ModelConfig:
@@ -76,98 +22,100 @@ def config_from_folder(folder: Path) -> ModelConfig:
     Raises:
         ConfigError: unreadable, incomplete, or a model that this decoder does not compute.
     """
-    fields = _read_json(folder / "config.json")
-    architecture = _architecture(fields)
-    _refuse_what_we_do_not_compute(fields, architecture)
-    num_heads = fields.integer("num_attention_heads")
-    hidden_size = fields.integer("hidden_size")
-    if num_heads < 1 or (fields.get("head_dim") is None and hidden_size % num_heads):
+    fields = JsonFields.read(folder / "config.json")
+    family = _family(fields)
+    _refuse_what_we_do_not_compute(fields, family)
+    num_heads, head_dim = _heads(fields, family)
+    context = fields.integer("max_position_embeddings")
+    biased = family.attention_bias_key and fields.boolean("attention_bias", False)
+    vocab_size = fields.integer("vocab_size")
+    bos = fields.token_ids("bos_token_id")
+    ends_source, ends = _eos_token_ids(folder, fields)
+    if vocab_size > 0:
+        check_special_ids(ends_source, vocab_size, {"eos_token_id": ends})
+    return ModelConfig(
+        family=family,
+        vocab_size=vocab_size,
+        hidden_size=fields.integer("hidden_size"),
+        intermediate_size=fields.integer("intermediate_size"),
+        num_heads=num_heads,
+        num_kv_heads=fields.integer("num_key_value_heads", num_heads),
+        head_dim=head_dim,
+        layers=layers_of(fields, family, fields.integer("num_hidden_layers"), context),
+        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+        max_position_embeddings=context,
+        tie_word_embeddings=fields.boolean("tie_word_embeddings", family.tied_by_default),
+        attention_bias=biased or family.qkv_bias,
+        output_bias=biased,
+        mlp_bias=family.mlp_bias_key and fields.boolean("mlp_bias", False),
+        attention_scale=_attention_scale(fields, family, head_dim),
+        attention_soft_cap=_soft_cap(fields, family, "attn_logit_softcapping", 50.0),
+        final_soft_cap=_soft_cap(fields, family, "final_logit_softcapping", 30.0),
+        bos_token_id=bos[0] if bos else None,
+        eos_token_ids=ends,
+    )
+
+
+def _family(fields: JsonFields) -> Family:
+    names = fields.get("architectures")
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in FAMILIES:
+        raise unsupported(fields.source, f"architectures {names!r}")
+    return FAMILIES[names[0]]
+
+
+def _refuse_what_we_do_not_compute(fields: JsonFields, family: Family) -> None:
+    source = fields.source
+    key = "hidden_activation" if family in (GEMMA2, GEMMA3) else "hidden_act"
+    named = fields.get(key)
+    # Gemma's first configurations say gelu and mean its tanh form.
+    known = {None, str(family.activation)} | ({"gelu"} if family is GEMMA else set())
+    if named not in known:
+        raise unsupported(source, f"{key} {named!r}")
+    if fields.get("quantization_config") is not None:
+        raise unsupported(source, "a quantization_config")
+    if family.activation is Activation.GELU_TANH and fields.boolean("use_bidirectional_attention", False):
+        raise unsupported(source, "use_bidirectional_attention true")
+
+
+def _heads(fields: JsonFields, family: Family) -> tuple[int, int]:
+    """Heads, and the size of each."""
+    num_heads, hidden_size = fields.integer("num_attention_heads"), fields.integer("hidden_size")
+    if fields.get("head_dim") is not None:
+        return num_heads, fields.integer("head_dim")
+    if num_heads >= 1 and family.head_dim_default is not None:
+        return num_heads, family.head_dim_default
+    if num_heads < 1 or hidden_size % num_heads:
         raise ConfigError(
             f"{fields.source}: hidden_size {hidden_size} does not divide into {num_heads} heads"
         )
-    llama = architecture == "LlamaForCausalLM"
-    llama_bias = llama and fields.boolean("attention_bias", False)
-    bos = fields.token_ids("bos_token_id")
-    max_positions = fields.integer("max_position_embeddings")
-    theta, scaling = _rope(fields, max_positions)
-    return ModelConfig(
-        architecture=architecture,
-        vocab_size=fields.integer("vocab_size"),
-        hidden_size=hidden_size,
-        intermediate_size=fields.integer("intermediate_size"),
-        num_layers=fields.integer("num_hidden_layers"),
-        num_heads=num_heads,
-        num_kv_heads=fields.integer("num_key_value_heads", num_heads),
-        head_dim=fields.integer("head_dim", hidden_size // num_heads),
-        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        max_position_embeddings=max_positions,
-        tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
-        attention_bias=llama_bias or architecture == "Qwen2ForCausalLM",
-        output_bias=llama_bias,
-        mlp_bias=llama and fields.boolean("mlp_bias", False),
-        bos_token_id=bos[0] if bos else None,
-        eos_token_ids=_eos_token_ids(folder, fields),
-    )
+    return num_heads, hidden_size // num_heads
 
 
-def _read_json(path: Path) -> _Fields:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} holds no JSON object")
-    return _Fields(raw, path)
+def _attention_scale(fields: JsonFields, family: Family, head_dim: int) -> float:
+    scalar = float(head_dim)
+    if family in (GEMMA2, GEMMA3):
+        scalar = fields.number("query_pre_attn_scalar", 256.0)
+    if scalar <= 0:
+        raise ConfigError(f"{fields.source}: query_pre_attn_scalar is {scalar}, must be above 0")
+    return float(scalar**-0.5)
 
 
-def _architecture(fields: _Fields) -> str:
-    names = fields.get("architectures")
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in SUPPORTED_ARCHITECTURES:
-        raise unsupported(fields.source, f"architectures {names!r}")
-    return str(names[0])
+def _soft_cap(fields: JsonFields, family: Family, key: str, default: float) -> float | None:
+    """Gemma 2 has a default, null is none. transformers' Gemma 3 caps logits but never attention scores."""
+    if family is GEMMA2 and not fields.has(key):
+        return default
+    if fields.get(key) is None or family not in (GEMMA2, GEMMA3):
+        return None
+    if family is GEMMA3 and key.startswith("attn"):
+        raise unsupported(fields.source, f"{key} {fields.get(key)} of a {family.architecture}")
+    return fields.number(key)
 
 
-def _refuse_what_we_do_not_compute(fields: _Fields, architecture: str) -> None:
-    source = fields.source
-    if fields.get("hidden_act") not in (None, "silu"):
-        raise unsupported(source, f"hidden_act {fields.get('hidden_act')!r}")
-    if fields.get("quantization_config") is not None:
-        raise unsupported(source, "a quantization_config")
-    # Mistral's window has a default: only an explicit null means full attention.
-    if architecture == "MistralForCausalLM" and (
-        not fields.has("sliding_window") or fields.get("sliding_window") is not None
-    ):
-        raise unsupported(source, f"sliding_window {fields.get('sliding_window') or 'by default'}")
-    if architecture == "Qwen2ForCausalLM" and fields.boolean("use_sliding_window", False):
-        raise unsupported(source, "use_sliding_window true")
-    for owner in (fields, fields.section("rope_parameters"), fields.section("rope_scaling")):
-        if owner.number("partial_rotary_factor", 1.0) != 1.0:
-            raise unsupported(source, f"partial_rotary_factor {owner.get('partial_rotary_factor')}")
-
-
-def _rope(fields: _Fields, max_positions: int) -> tuple[float, Llama3RopeScaling | None]:
-    """Theta and scaling, from transformers 5 (`rope_parameters`) or 4 (`rope_theta`, `rope_scaling`)."""
-    rope = fields.section("rope_parameters" if fields.get("rope_parameters") is not None else "rope_scaling")
-    theta = rope.number("rope_theta", fields.number("rope_theta", _DEFAULT_ROPE_THETA))
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
-        raise unsupported(fields.source, f"rope type {kind!r}")
-    return theta, Llama3RopeScaling(
-        factor=rope.number("factor"),
-        low_freq_factor=rope.number("low_freq_factor"),
-        high_freq_factor=rope.number("high_freq_factor"),
-        original_max_position_embeddings=rope.integer("original_max_position_embeddings", max_positions),
-    )
-
-
-def _eos_token_ids(folder: Path, fields: _Fields) -> tuple[int, ...]:
+def _eos_token_ids(folder: Path, fields: JsonFields) -> tuple[Path, tuple[int, ...]]:
+    """The file that names them, and the ids."""
     generation = folder / "generation_config.json"
     if generation.is_file():
-        ids = _read_json(generation).token_ids("eos_token_id")
+        ids = JsonFields.read(generation).token_ids("eos_token_id")
         if ids:
-            return ids
-    return fields.token_ids("eos_token_id")
+            return generation, ids
+    return fields.source, fields.token_ids("eos_token_id")

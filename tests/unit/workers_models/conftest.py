@@ -5,8 +5,8 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def _two_threads() -> Iterator[None]:
+def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # faster for models this small, and fair on a shared machine
     yield
     torch.set_num_threads(before)

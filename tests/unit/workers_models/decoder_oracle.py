@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_families import FAMILIES, PLAIN_ROPE, randomised
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from pdserve.core.types import blocks_for
@@ -21,7 +22,6 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-PLAIN_ROPE = {"rope_type": "default", "rope_theta": 50000.0}
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 96,
@@ -39,13 +39,18 @@ _SIZES: dict[str, Any] = {
 
 def llama(**changes: Any) -> LlamaForCausalLM:
     torch.manual_seed(7)
-    return _randomise(LlamaForCausalLM(LlamaConfig(**{**_SIZES, "rope_parameters": LLAMA3_ROPE, **changes})))
+    return randomised(LlamaForCausalLM(LlamaConfig(**{**_SIZES, "rope_parameters": LLAMA3_ROPE, **changes})))
 
 
 def qwen2(**changes: Any) -> Qwen2ForCausalLM:
     torch.manual_seed(8)
     sizes = {**_SIZES, "num_attention_heads": 4, "hidden_size": 64, "rope_parameters": PLAIN_ROPE, **changes}
-    return _randomise(Qwen2ForCausalLM(Qwen2Config(**sizes)))
+    return randomised(Qwen2ForCausalLM(Qwen2Config(**sizes)))
+
+
+def family(name: str, **changes: Any) -> Any:
+    """A tiny model of the family, 160 tokens."""
+    return FAMILIES[name].build(vocab_size=VOCAB, eos_token_id=2, **changes)
 
 
 def saved(model: Any, folder: Path, **options: Any) -> Path:
@@ -60,7 +65,7 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 def oracle_logits(model: Any, token_ids: Sequence[int]) -> torch.Tensor:
     """float32 [tokens, vocab]"""
     with torch.no_grad():
-        logits: torch.Tensor = model(torch.tensor([list(token_ids)])).logits[0]
+        logits: torch.Tensor = model(torch.tensor([list(token_ids)]), use_cache=False).logits[0]
     return logits.float()
 
 
@@ -85,14 +90,3 @@ def all_logits(
         logits.append(decoder.forward(replace(batch, logit_rows=torch.arange(size)), kv))
         start += size
     return torch.cat(logits)
-
-
-def _randomise(model: Any) -> Any:
-    """Give norms and biases values that matter: transformers initialises them to ones and zeros."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(0.0, 0.3)
-            elif "norm" in name:
-                parameter.normal_(1.0, 0.2)
-    return model.eval()

@@ -3,91 +3,55 @@
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
-from decoder_oracle import PLAIN_ROPE, all_logits, llama, oracle_logits, poisoned_kv, prompt, qwen2
+from decoder_oracle import all_logits, family, llama, oracle_logits, poisoned_kv, prompt, qwen2
 from gguf import GGMLQuantizationType as Kind
+from gguf_files import SCALE_OFFSETS, SUPER_BLOCK, stored_as, write_gguf
+from tiny_families import PLAIN_ROPE, WINDOW
 
 from pdserve.core.errors import ConfigError
-from pdserve.workers.models.checkpoint import load_config
-from pdserve.workers.models.config import ModelConfig
+from pdserve.workers.models import gguf_loader
+from pdserve.workers.models.config import LayerKind, ModelConfig
 from pdserve.workers.models.decoder import Decoder
+from pdserve.workers.models.families import LLAMA
+from pdserve.workers.models.load_config import load_config
 from pdserve.workers.models.rope import inverse_frequencies
+from pdserve.workers.models.rope_scaling import Rope
 
-KINDS = [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1]
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "model.layers": "blk",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
+ROUNDED = [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1]
+KINDS = [*ROUNDED, *SCALE_OFFSETS]
+# Rows of whole super-blocks, which K types need.
+WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 64}
+GGUF_FAMILIES: dict[str, dict[str, str | int | float]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "smollm3": {},
+    "gemma": {},
+    "gemma2": {
+        "gemma2.attention.sliding_window": WINDOW,
+        "gemma2.attn_logit_softcapping": 2.0,
+        "gemma2.final_logit_softcapping": 5.0,
+    },
+    "gemma3": {
+        "gemma3.attention.sliding_window": WINDOW,
+        "gemma3.rope.scaling.type": "linear",
+        "gemma3.rope.scaling.factor": 8.0,
+    },
 }
+"""Architecture to the metadata that its tiny model needs beside the usual."""
 
 
-def interleaved(weights: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's converter, for q and k of the llama architecture."""
-    return (
-        weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:])
-        .swapaxes(1, 2)
-        .reshape(weights.shape)
-    )
-
-
-def write_gguf(
-    path: Path,
-    model: Any,
-    kind: Kind = Kind.F32,
-    arch: str = "llama",
-    skip: str = "",
-    extra: dict[str, np.ndarray] | None = None,
-    metadata: dict[str, str | int] | None = None,
-) -> Path:
-    """Write `model` with its matrices in `kind`, and round the model itself to what was written."""
-    config = model.config
-    writer = gguf.GGUFWriter(path, arch)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    for key, value in (metadata or {}).items():
-        writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
-    for name, tensor in model.state_dict().items():
-        values = tensor.numpy()
-        stored = Kind.F32 if values.ndim == 1 else kind
-        tensor.copy_(torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(values, stored), stored)))
-        if arch == "llama" and "q_proj" in name:
-            values = interleaved(values, config.num_attention_heads)
-        if arch == "llama" and "k_proj" in name:
-            values = interleaved(values, config.num_key_value_heads)
-        for theirs, ours in NAMES.items():
-            name = name.replace(theirs, ours)
-        if name != skip:
-            writer.add_tensor(name, gguf.quants.quantize(values, stored), raw_dtype=stored)
-    for name, values in (extra or {}).items():
-        writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+def as_llama_cpp_knows(arch: str) -> dict[str, Any]:
+    """What the format leaves to the architecture's name: no-rope layers, patterns, the scale of scores."""
+    if arch == "smollm3":
+        return {"no_rope_layer_interval": 4, "tie_word_embeddings": False}
+    if arch == "gemma3":
+        kinds = ["sliding_attention"] * 5 + ["full_attention", "sliding_attention"]
+        return {"num_hidden_layers": 7, "layer_types": kinds, "query_pre_attn_scalar": 32}
+    return {"query_pre_attn_scalar": 32} if arch == "gemma2" else {}
 
 
 def plain_llama(**changes: Any) -> Any:
@@ -99,16 +63,51 @@ def assert_same_logits(path: Path, model: Any) -> None:
     ids = prompt(50)
     actual = all_logits(decoder, poisoned_kv(decoder, 4), ids, [3, 1, 0, 2], [30, 19, 1])
     torch.testing.assert_close(actual, oracle_logits(model, ids), atol=1e-4, rtol=1e-4)
+    assert torch.equal(actual.argmax(-1), oracle_logits(model, ids).argmax(-1))
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_every_type_gives_the_logits_of_the_dequantised_model(tmp_path: Path, kind: Kind) -> None:
-    model = plain_llama()
+    model = plain_llama(num_hidden_layers=2, **WIDE)
     exact = oracle_logits(model, prompt(50))
     path = write_gguf(tmp_path / "m.gguf", model, kind)
     # The oracle must have been rounded, or the comparison would not see a wrong dequantisation.
     assert torch.equal(exact, oracle_logits(model, prompt(50))) == (kind is Kind.F32)
     assert_same_logits(path, model)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_every_type_dequantises_as_the_gguf_package_does_in_slabs_or_whole(
+    kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = np.random.default_rng(5).normal(0, 0.1, (33, 2 * SUPER_BLOCK)).astype(np.float32)
+    raw, exact = stored_as(values, kind)
+    raw = raw.view(np.uint8)
+    assert np.array_equal(gguf_loader.dequantized(raw, kind, values.shape), exact)
+    monkeypatch.setattr(gguf_loader, "_SLAB_BYTES", 4 * raw.shape[1])  # 8 slabs of 4 rows, one of 1
+    assert np.array_equal(gguf_loader.dequantized(raw, kind, values.shape), exact)
+
+
+@pytest.mark.parametrize("arch", GGUF_FAMILIES)
+def test_every_family_gives_the_logits_of_transformers(tmp_path: Path, arch: str) -> None:
+    model = family(arch, **as_llama_cpp_knows(arch))
+    path = write_gguf(tmp_path / "m.gguf", model, arch=arch, metadata=GGUF_FAMILIES[arch])
+    assert_same_logits(path, model)
+
+
+def test_a_small_window_of_an_architecture_without_a_pattern_is_refused_with_both_numbers(
+    tmp_path: Path,
+) -> None:
+    metadata: dict[str, str | int | float] = {"llama.attention.sliding_window": 128}
+    path = write_gguf(tmp_path / "m.gguf", plain_llama(), metadata=metadata)
+    with pytest.raises(ConfigError, match=r"window of 128 tokens, smaller than the context of 512"):
+        load_config(path)
+
+
+def test_an_end_id_without_a_row_is_refused(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", plain_llama(), metadata={"tokenizer.ggml.eot_token_id": 160})
+    with pytest.raises(ConfigError, match=r"m\.gguf: eos_token_id 160 is outside the model's 160 token ids"):
+        load_config(path)
 
 
 def test_qwen2_rows_are_not_permuted_and_biases_are_read(tmp_path: Path) -> None:
@@ -140,22 +139,23 @@ def test_a_tied_model_has_no_output_matrix(tmp_path: Path) -> None:
 def test_metadata_becomes_the_configuration(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", plain_llama(), metadata={"tokenizer.ggml.eot_token_id": 9})
     assert load_config(path) == ModelConfig(
-        architecture="LlamaForCausalLM",
+        family=LLAMA,
         vocab_size=160,
         hidden_size=96,
         intermediate_size=160,
-        num_layers=3,
         num_heads=6,
         num_kv_heads=2,
         head_dim=16,
+        layers=(LayerKind(Rope(50000.0), None),) * 3,
         rms_norm_eps=float(np.float32(1e-6)),
-        rope_theta=50000.0,
-        rope_scaling=None,
         max_position_embeddings=512,
         tie_word_embeddings=False,
         attention_bias=False,
         output_bias=False,
         mlp_bias=False,
+        attention_scale=0.25,
+        attention_soft_cap=None,
+        final_soft_cap=None,
         bos_token_id=1,
         eos_token_ids=(2, 9),
     )
@@ -164,8 +164,10 @@ def test_metadata_becomes_the_configuration(tmp_path: Path) -> None:
 def test_rope_factors_divide_the_frequencies(tmp_path: Path) -> None:
     config = load_config(write_gguf(tmp_path / "m.gguf", plain_llama()))
     factors = torch.tensor([1.0, 1.0, 1.0, 1.0, 2.0, 4.0, 8.0, 8.0])
-    expected = inverse_frequencies(config) / factors
-    assert torch.equal(inverse_frequencies(config, factors), expected)
+    rope = config.layers[0].rope
+    assert rope is not None
+    expected = inverse_frequencies(rope, 16) / factors
+    assert torch.equal(inverse_frequencies(rope, 16, factors), expected)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +180,7 @@ def test_rope_factors_divide_the_frequencies(tmp_path: Path) -> None:
     ],
 )
 def test_what_the_decoder_would_compute_wrongly_is_refused(
-    tmp_path: Path, metadata: dict[str, str | int], found: str
+    tmp_path: Path, metadata: dict[str, str | int | float], found: str
 ) -> None:
     path = write_gguf(tmp_path / "m.gguf", plain_llama(), metadata=metadata)
     with pytest.raises(ConfigError, match=f"{found}.*supported are LlamaForCausalLM"):
@@ -186,14 +188,14 @@ def test_what_the_decoder_would_compute_wrongly_is_refused(
 
 
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "m.gguf", plain_llama(), arch="gemma")
-    with pytest.raises(ConfigError, match="GGUF architecture 'gemma'"):
+    path = write_gguf(tmp_path / "m.gguf", plain_llama(), arch="mamba")
+    with pytest.raises(ConfigError, match="GGUF architecture 'mamba'"):
         Decoder.load(path)
 
 
 def test_another_quantisation_is_refused_by_name(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "m.gguf", plain_llama(), Kind.Q5_0)
-    with pytest.raises(ConfigError, match=r"type Q5_0 of .*\.weight"):
+    path = write_gguf(tmp_path / "m.gguf", plain_llama(), Kind.MXFP4)
+    with pytest.raises(ConfigError, match=r"type MXFP4 of .*\.weight"):
         Decoder.load(path)
 
 
@@ -206,7 +208,7 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
 def test_an_unexpected_tensor_is_named(tmp_path: Path) -> None:
     extra = {"blk.0.attn_q_norm.weight": np.ones(16, dtype=np.float32)}
     path = write_gguf(tmp_path / "m.gguf", plain_llama(), extra=extra)
-    with pytest.raises(ConfigError, match=r"unexpected tensor blk\.0\.attn_q_norm\.weight"):
+    with pytest.raises(ConfigError, match=r"unexpected tensor model\.layers\.0\.self_attn\.q_norm\.weight"):
         Decoder.load(path)
 
 

@@ -9,8 +9,9 @@ import pytest
 from decoder_oracle import LLAMA3_ROPE, llama, qwen2, saved
 
 from pdserve.core.errors import ConfigError
-from pdserve.workers.models.config import Llama3RopeScaling
+from pdserve.workers.models.config import LayerKind, ModelConfig
 from pdserve.workers.models.hf_config import config_from_folder
+from pdserve.workers.models.rope_scaling import Llama3Scaling, Rope
 
 BASE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -22,7 +23,13 @@ BASE: dict[str, Any] = {
     "max_position_embeddings": 128,
     "hidden_act": "silu",
 }
-SCALING = Llama3RopeScaling(8.0, 1.0, 4.0, 64)
+SCALING = Llama3Scaling(8.0, 1.0, 4.0, 64)
+
+
+def only_rope(config: ModelConfig) -> Rope:
+    (rope,) = {layer.rope for layer in config.layers}
+    assert rope is not None
+    return rope
 
 
 def written(folder: Path, generation: dict[str, Any] | None = None, **changes: Any) -> Path:
@@ -35,7 +42,8 @@ def written(folder: Path, generation: dict[str, Any] | None = None, **changes: A
 def test_absent_fields_take_transformers_defaults(tmp_path: Path) -> None:
     config = config_from_folder(written(tmp_path))
     assert (config.num_kv_heads, config.head_dim) == (4, 16)
-    assert (config.rms_norm_eps, config.rope_theta, config.rope_scaling) == (1e-6, 10000.0, None)
+    assert config.rms_norm_eps == 1e-6
+    assert config.layers == (LayerKind(Rope(10000.0), None),) * 2
     assert (config.tie_word_embeddings, config.attention_bias, config.mlp_bias) == (False, False, False)
     assert (config.bos_token_id, config.eos_token_ids) == (None, ())
 
@@ -47,16 +55,13 @@ def test_both_rope_forms_read_the_same(tmp_path: Path) -> None:
     v4 = config_from_folder(written(tmp_path / "v4", rope_theta=10000.0, rope_scaling=scaling))
     v5 = config_from_folder(written(tmp_path / "v5", rope_parameters=LLAMA3_ROPE))
     assert v4 == v5
-    assert v4.rope_scaling == SCALING
+    assert only_rope(v4).scaling == SCALING
 
 
 def test_the_old_key_type_names_the_rope_too(tmp_path: Path) -> None:
     old = {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     config = config_from_folder(written(tmp_path, rope_theta=5e5, rope_scaling=old))
-    assert (config.rope_theta, config.rope_scaling) == (
-        5e5,
-        replace(SCALING, original_max_position_embeddings=128),
-    )
+    assert only_rope(config) == Rope(5e5, replace(SCALING, original_context=128))
 
 
 @pytest.mark.parametrize(("tied", "bias"), [(True, False), (False, True)])
@@ -65,7 +70,7 @@ def test_what_transformers_saves_is_read_back(tmp_path: Path, tied: bool, bias: 
     config = config_from_folder(saved(model, tmp_path))
     assert config.tie_word_embeddings is tied
     assert (config.attention_bias, config.output_bias, config.mlp_bias) == (bias, bias, bias)
-    assert config.rope_scaling == SCALING
+    assert only_rope(config).scaling == SCALING
 
 
 def test_qwen2_has_qkv_biases_only(tmp_path: Path) -> None:
@@ -94,12 +99,30 @@ def test_mistral_without_a_window_is_a_llama(tmp_path: Path) -> None:
     [
         ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM"),
         ({"architectures": None}, "architectures None"),
-        ({"architectures": ["MistralForCausalLM"]}, "sliding_window by default"),
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, "sliding_window 4096"),
-        ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}, "use_sliding_window"),
+        ({"architectures": ["Gemma3ForConditionalGeneration"]}, "Gemma3ForConditionalGeneration"),
+        ({"architectures": ["GemmaForCausalLM"], "hidden_act": "relu"}, "hidden_act 'relu'"),
+        (
+            {"architectures": ["Gemma2ForCausalLM"], "hidden_activation": "silu"},
+            "hidden_activation 'silu'",
+        ),
+        (
+            {
+                "architectures": ["Gemma3ForCausalLM"],
+                "attn_logit_softcapping": 50.0,
+            },
+            "attn_logit_softcapping 50.0",
+        ),
+        (
+            {"architectures": ["Gemma3ForCausalLM"], "use_bidirectional_attention": True},
+            "use_bidirectional_attention",
+        ),
+        (
+            {"architectures": ["Qwen3ForCausalLM"], "layer_types": ["chunked_attention"] * 2},
+            "layer type 'chunked_attention'",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "rope type 'longrope'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     ],
 )
@@ -114,6 +137,19 @@ def test_what_the_decoder_would_compute_wrongly_is_refused(
     ("changes", "message"),
     [
         ({"vocab_size": None}, "vocab_size is missing"),
+        ({"eos_token_id": 100}, "eos_token_id 100 is outside the model's 100 token ids"),
+        ({"eos_token_id": [3, -1]}, "eos_token_id -1 is outside"),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 0}, "sliding_window is 0"),
+        ({"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1]}, "1 entries, must be a list of 2"),
+        ({"architectures": ["SmolLM3ForCausalLM"], "no_rope_layer_interval": 0}, "interval is 0"),
+        (
+            {
+                "architectures": ["Gemma2ForCausalLM"],
+                "hidden_activation": None,
+                "query_pre_attn_scalar": 0,
+            },
+            "query_pre_attn_scalar is 0",
+        ),
         ({"vocab_size": "100"}, "vocab_size is '100', must be an integer"),
         ({"vocab_size": True}, "must be an integer"),
         ({"num_hidden_layers": 0}, "num_layers is 0"),

@@ -1,0 +1,48 @@
+"""How rotary positions were stretched in training. Pure values; workers/models/rope.py computes with them."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LinearScaling:
+    """Every frequency is divided by `factor`."""
+
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class Llama3Scaling:
+    """Llama 3.1's stretching of the low rotary frequencies.
+
+    Wavelengths above `original_context / low_freq_factor` are divided by `factor`, those below
+    `original_context / high_freq_factor` are kept, those between are blended.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context: int
+
+
+@dataclass(frozen=True, slots=True)
+class YarnScaling:
+    """YaRN (arXiv 2309.00071): frequencies that turn less than `beta_slow` times in `original_context` are
+    divided by `factor`, those that turn more than `beta_fast` times are kept, with a ramp between.
+    """
+
+    factor: float
+    original_context: int
+    attention_factor: float
+    """cos and sin are multiplied by it."""
+    beta_fast: float
+    beta_slow: float
+    truncate: bool
+    """The ramp's ends are whole dimensions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary positions of some layers: theta ** (-2i / head_dim), scaled."""
+
+    theta: float
+    scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
