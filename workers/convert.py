@@ -10,6 +10,7 @@ from pdserve.kvtransfer.names import chain, unpack_chain, unpack_tokens
 from pdserve.kvtransfer.pool.pool import PoolCounts
 from pdserve.proto import inference_pb2, sampling, worker_pb2
 from pdserve.workers.decode_request import DecodeAsk, PrefillCandidate
+from pdserve.workers.worker_use import WorkerUse
 
 
 def decode_ask(message: worker_pb2.OpenRequest, clock: Clock) -> DecodeAsk:
@@ -54,7 +55,7 @@ def block_counts(counts: PoolCounts) -> inference_pb2.BlockCounts:
 
 
 def worker_status(
-    record: WorkerRecord, load: WorkerLoad, counts: PoolCounts, handoffs: int, in_flight: int
+    record: WorkerRecord, load: WorkerLoad, counts: PoolCounts, handoffs: int, in_flight: int, use: WorkerUse
 ) -> inference_pb2.WorkerStatus:
     return inference_pb2.WorkerStatus(
         worker=record.worker,
@@ -71,11 +72,14 @@ def worker_status(
         handoffs=handoffs,
         in_flight=in_flight,
         state="draining" if record.draining else "ready",
+        uptime_s=use.uptime_s,
+        preemptions=use.preemptions,
+        transports=transport_uses(use),
     )
 
 
 def worker_load(
-    record: WorkerRecord, load: WorkerLoad, counts: PoolCounts, handoffs: int, in_flight: int
+    record: WorkerRecord, load: WorkerLoad, counts: PoolCounts, handoffs: int, in_flight: int, use: WorkerUse
 ) -> worker_pb2.WorkerLoad:
     return worker_pb2.WorkerLoad(
         queued_prefill_tokens=load.queued_prefill_tokens,
@@ -88,4 +92,16 @@ def worker_load(
         perf_model=load.perf_model,
         handoffs=handoffs,
         in_flight=in_flight,
+        uptime_s=use.uptime_s,
+        preemptions=use.preemptions,
+        transports=transport_uses(use),
     )
+
+
+def transport_uses(use: WorkerUse) -> list[inference_pb2.TransportUse]:
+    return [
+        inference_pb2.TransportUse(
+            transport=transport, chunks=used.chunks, bytes=used.num_bytes, seconds=used.seconds
+        )
+        for transport, used in sorted(use.transports.items())
+    ]

@@ -4,7 +4,7 @@ inside the engine a bad value could fail the whole step that it shares with othe
 from dataclasses import dataclass
 
 from pdserve.core.errors import ContextTooLong
-from pdserve.core.request_limits import check_sampling, check_tokens
+from pdserve.core.request_limits import check_sampling, check_sampling_tokens, check_tokens
 from pdserve.core.types import BLOCK_TOKENS, blocks_for
 from pdserve.core.worker_record import WorkerRecord
 from pdserve.workers.decode_request import DecodeAsk
@@ -25,6 +25,7 @@ class DecodeLimits:
     def check(self, ask: DecodeAsk) -> None:
         """Raises InvalidRequest, or ContextTooLong with what was asked and what there is."""
         check_sampling(ask.sampling)
+        check_sampling_tokens(ask.sampling, self.vocab_size)
         check_tokens(ask.token_ids, self.vocab_size)
         tokens, completion = len(ask.token_ids), ask.sampling.max_tokens
         positions = tokens + completion - 1  # the last token's KV is never needed

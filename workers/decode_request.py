@@ -1,7 +1,7 @@
 """One request as D owns it: what it emitted, who listens, and what it cost until its first token."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from pdserve.core.errors import PdserveError
@@ -13,11 +13,11 @@ from pdserve.core.types import (
     RequestId,
     SamplingParams,
     SequenceId,
-    Usage,
 )
 from pdserve.core.worker_record import WorkerRecord
 from pdserve.kvtransfer.handoff.ask import Committed
 from pdserve.proto import inference_pb2, worker_pb2
+from pdserve.workers.choice import Choice
 from pdserve.workers.engine.messages import SequenceOutput
 from pdserve.workers.session_link import SessionLink
 
@@ -81,10 +81,11 @@ class DecodeRequest:
     route: inference_pb2.Route = field(default_factory=inference_pb2.Route)
     items: list[worker_pb2.FrameItem] = field(default_factory=list)
     task: "asyncio.Task[None] | None" = None
-    sequence: SequenceId | None = None
-    """Set while the engine has it."""
-    emitted: int = 0
+    choices: tuple[Choice, ...] = field(init=False)
+    live: set[SequenceId] = field(default_factory=set)
+    """What the engine has of it: its choices, or the prompt before they fork."""
     unacknowledged_since_detach: int = 0
+    """Tokens of all choices."""
     cached_tokens: int = 0
     finished: bool = False
     abort_reason: PdserveError | None = None
@@ -96,6 +97,9 @@ class DecodeRequest:
     grace_timer: asyncio.TimerHandle | None = None
     """Runs while no router listens."""
 
+    def __post_init__(self) -> None:
+        self.choices = tuple(Choice(index) for index in range(self.ask.sampling.n))
+
     @property
     def request_id(self) -> RequestId:
         return self.ask.request_id
@@ -105,38 +109,46 @@ class DecodeRequest:
         """Who the promise is booked on, apart from the owners that hold blocks."""
         return OwnerId(f"promise/{self.ask.request_id}")
 
-    def emit(self, item: worker_pb2.FrameItem) -> None:
+    @property
+    def emitted(self) -> int:
+        """Tokens of all choices that were passed on."""
+        return sum(choice.emitted for choice in self.choices)
+
+    def emit(self, choice: Choice, item: worker_pb2.FrameItem) -> None:
+        """Pass on what is new of one choice; with its last one, the request may be finished."""
+        item.choice = choice.index
+        item.first_index = choice.emitted
+        choice.emitted += len(item.token_ids)
+        choice.finished = bool(item.finish_reason)
+        self.finished = all(choice.finished for choice in self.choices)
+        self._send(item)
+
+    def _send(self, item: worker_pb2.FrameItem) -> None:
         """Record an item and pass it to the session, if there is one."""
         item.request_id = self.request_id
-        item.first_index = self.emitted
-        self.emitted += len(item.token_ids)
-        if item.finish_reason or item.HasField("failure"):
-            self.finished = True
         self.items.append(item)
         if self.link is None:
             self.unacknowledged_since_detach += len(item.token_ids)
         else:
             self.link.add_item(item)
 
-    def missing_from(self, next_index: int) -> Iterator[worker_pb2.FrameItem]:
-        """Items that a router which forwarded `next_index` tokens has not seen."""
+    def missing_from(self, next_index: Sequence[int]) -> Iterator[worker_pb2.FrameItem]:
+        """Items that a router has not seen which forwarded so many tokens of each choice, 0 where absent."""
         for item in self.items:
             last = bool(item.finish_reason) or item.HasField("failure")
-            if last or item.first_index >= next_index:
+            seen = next_index[item.choice] if item.choice < len(next_index) else 0
+            if last or item.first_index >= seen:
                 yield item
 
-    def usage(self) -> Usage:
-        return Usage(len(self.ask.token_ids), self.emitted, self.cached_tokens)
-
-    def finish(self, reason: FinishReason, item: worker_pb2.FrameItem) -> None:
-        """Emit the last item, with the counts."""
-        self.usage_into(item, len(item.token_ids))
+    def finish(self, choice: Choice, reason: FinishReason, item: worker_pb2.FrameItem) -> None:
+        """Emit a choice's last item, with its counts."""
+        self._usage_into(item, choice.emitted + len(item.token_ids))
         item.finish_reason = str(reason)
-        self.emit(item)
+        self.emit(choice, item)
 
-    def usage_into(self, item: worker_pb2.FrameItem, new_tokens: int) -> None:
+    def _usage_into(self, item: worker_pb2.FrameItem, completion_tokens: int) -> None:
         item.usage.prompt_tokens = len(self.ask.token_ids)
-        item.usage.completion_tokens = self.emitted + new_tokens
+        item.usage.completion_tokens = completion_tokens
         item.usage.cached_tokens = self.cached_tokens
 
     def fail(self, error: PdserveError) -> None:
@@ -144,8 +156,9 @@ class DecodeRequest:
         if self.finished:
             return
         item = worker_pb2.FrameItem(failure=describe_failure(error))
-        self.usage_into(item, 0)
-        self.emit(item)
+        self._usage_into(item, self.emitted)
+        self.finished = True
+        self._send(item)
 
     def listen(self, link: SessionLink | None) -> None:
         """Pass items to `link` from now on, and to no other."""
@@ -199,17 +212,23 @@ class DecodeRequest:
         marks.committed = done.committed_at
         self.cached_tokens = max(done.prefill_cached_tokens, done.blocks_reused * BLOCK_TOKENS)
 
-    def describe_first(self, item: worker_pb2.FrameItem, output: SequenceOutput, now: float) -> None:
-        """Close D's side of the ledger on the item that carries the first token."""
+    def prefilled(self, output: SequenceOutput) -> None:
+        """D's own prefill is over; nothing happens where that is known, or a handoff brought the KV."""
         marks = self.marks
-        if marks.committed is None and output.started_at is not None:
-            serving = marks.serving_open if marks.serving_open is not None else output.started_at
-            ended = output.prefill_ended_at if output.prefill_ended_at is not None else output.started_at
-            marks.prefill_queue = output.started_at - serving
-            marks.prefill = ended - output.started_at
-            marks.committed = ended
-            self.cached_tokens = output.cached_tokens
-            self.route.blocks_reused = output.cached_tokens // BLOCK_TOKENS
+        if marks.committed is not None or output.started_at is None:
+            return
+        serving = marks.serving_open if marks.serving_open is not None else output.started_at
+        ended = output.prefill_ended_at if output.prefill_ended_at is not None else output.started_at
+        marks.prefill_queue = output.started_at - serving
+        marks.prefill = ended - output.started_at
+        marks.committed = ended
+        self.cached_tokens = output.cached_tokens
+        self.route.blocks_reused = output.cached_tokens // BLOCK_TOKENS
+
+    def describe_first(self, item: worker_pb2.FrameItem, output: SequenceOutput, now: float) -> None:
+        """Close D's side of the ledger on the request's first item."""
+        self.prefilled(output)
+        marks = self.marks
         item.ledger.CopyFrom(
             marks.ledger(output.first_token_at if output.first_token_at is not None else now)
         )

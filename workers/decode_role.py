@@ -5,13 +5,14 @@
                               ▲            └ not served ┐
                               └─────────────────────────┘
 
+Several choices fork when the prompt's KV is there: after the commit, or after a prefill-only sequence here.
 Nothing is queued here without a promise, so an Open is answered at once: it runs, or Replace.
 """
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from pdserve.core.clock import Clock
@@ -26,15 +27,19 @@ from pdserve.core.errors import (
 )
 from pdserve.core.lifecycle import Lifecycle
 from pdserve.core.request_limits import promise_blocks
-from pdserve.core.types import FinishReason, OwnerId, RequestId, SequenceId
+from pdserve.core.types import FinishReason, OwnerId, RequestId
 from pdserve.core.worker_record import WorkerRecord
 from pdserve.kvtransfer.handoff.consumer import Committed, DecodeHandoffs
 from pdserve.kvtransfer.pool.pool import KvPool
 from pdserve.proto import worker_pb2
+from pdserve.proto.sampling import encode_logprobs
 from pdserve.workers.candidate_walk import CandidateWalk
+from pdserve.workers.choice import Choice, ChoiceStart
+from pdserve.workers.choice_specs import choice_spec, prompt_spec
 from pdserve.workers.decode_request import DecodeAsk, DecodeRequest, decode_route, describe_failure
-from pdserve.workers.dispatch import OutputDispatcher
+from pdserve.workers.dispatch import OutputDispatcher, Sink
 from pdserve.workers.engine.messages import SequenceOutput, SequenceSpec
+from pdserve.workers.prompt_fork import CopyBlocks, PromptFork
 from pdserve.workers.session_link import SessionLink
 
 log = logging.getLogger(__name__)
@@ -53,6 +58,7 @@ class DecodeRole:
         *,
         record: Callable[[], WorkerRecord],
         pool: KvPool,
+        copy_blocks: CopyBlocks,
         dispatcher: OutputDispatcher,
         handoffs: DecodeHandoffs,
         engine_config: EngineConfig,
@@ -64,6 +70,7 @@ class DecodeRole:
         self._pool = pool
         self._dispatcher = dispatcher
         self._candidates = CandidateWalk(record, pool, handoffs, clock, self._count)
+        self._prompt_fork = PromptFork(pool, copy_blocks)
         self._engine_config = engine_config
         self._session = session_config
         self._clock = clock
@@ -86,7 +93,7 @@ class DecodeRole:
             # What it still holds, in the engine and in the pool, has the same names.
             return self._replace(ask, "an earlier request with its id is still ending here")
         if known is not None:
-            self.attach(link, ask.request_id, 0)
+            self.attach(link, ask.request_id, ())
             return None
         if self.draining:
             return worker_pb2.Replace(request_id=ask.request_id, reason="draining")
@@ -111,8 +118,8 @@ class DecodeRole:
         request.task.add_done_callback(partial(self._served, request))
         return None
 
-    def attach(self, link: SessionLink, request_id: RequestId, next_index: int) -> None:
-        """Move a request to `link` and send again what it has not seen."""
+    def attach(self, link: SessionLink, request_id: RequestId, next_index: Sequence[int]) -> None:
+        """Move a request to `link` and send again what it has not seen, each choice from its `next_index`."""
         request = self._requests.get(request_id)
         if request is None or request.disowned:
             self.refuse_attach(link, request_id)
@@ -207,9 +214,11 @@ class DecodeRole:
         self._observe(Lifecycle.FIRST_OPEN, {"request": request.request_id})
         committed, attempt = await self._candidates.walk(request)
         if committed is None:
-            self._start_local(request, attempt)
+            request.served_by(self._record(), attempt, self._clock.now())
+            self._start_local(request)
         else:
-            self._start_committed(request, committed, attempt)
+            request.committed(committed, attempt)
+            self._start_committed(request, committed)
 
     def _served(self, request: DecodeRequest, task: "asyncio.Task[None]") -> None:
         """The walk is over: the engine has the request, or it ends here."""
@@ -218,70 +227,108 @@ class DecodeRole:
         elif (error := task.exception()) is not None:
             known = isinstance(error, PdserveError)
             log.warning("request %s failed", request.request_id, exc_info=None if known else error)
-            self._end(request, request.abort_reason or from_foreign(error))
+            self._fail(request, request.abort_reason or from_foreign(error))
 
-    def _start_local(self, request: DecodeRequest, attempt: int) -> None:
-        request.served_by(self._record(), attempt, self._clock.now())
-        self._submit(request, OwnerId(f"local/{request.request_id}"), 0)
+    def _start_local(self, request: DecodeRequest) -> None:
+        """D's own engine prefills. Several choices wait until the prompt's KV is there, and then fork."""
+        owner, ask = OwnerId(f"local/{request.request_id}"), request.ask
+        if len(request.choices) == 1 or len(ask.token_ids) == 1:
+            self._submit_choices(
+                request, [ChoiceStart(OwnerId(f"{owner}/{choice.index}"), 0) for choice in request.choices]
+            )
+            return
+        self._submit(request, prompt_spec(ask, owner), partial(self._on_prompt, request, owner))
 
-    def _start_committed(self, request: DecodeRequest, done: Committed, attempt: int) -> None:
-        request.committed(done, attempt)
-        self._submit(request, done.owner, done.num_computed)
+    def _start_committed(self, request: DecodeRequest, done: Committed) -> None:
+        if len(request.choices) == 1:
+            self._submit_choices(request, [ChoiceStart(done.owner, done.num_computed)])
+        else:
+            self._fork(request, done.owner)
 
-    def _submit(self, request: DecodeRequest, owner: OwnerId, num_computed: int) -> None:
-        ask = request.ask
-        request.sequence = SequenceId(f"{ask.request_id}/0")
-        spec = SequenceSpec(
-            sequence_id=request.sequence,
-            owner=owner,
-            token_ids=ask.token_ids,
-            chain=ask.chain,
-            namespace=ask.namespace,
-            sampling=ask.sampling,
-            num_computed=num_computed,
-        )
+    def _fork(self, request: DecodeRequest, source: OwnerId) -> None:
+        """The source's table has the KV of all positions but the last: every choice goes on from there."""
+        starts = self._prompt_fork.starts(source, len(request.ask.token_ids), len(request.choices))
+        self._submit_choices(request, starts)
+
+    def _submit_choices(self, request: DecodeRequest, starts: Sequence[ChoiceStart]) -> None:
+        for choice, start in zip(request.choices, starts, strict=True):
+            spec = choice_spec(request.ask, choice.index, start)
+            try:
+                self._submit(request, spec, partial(self._on_output, request, choice))
+            except BaseException:
+                for left in starts[choice.index + 1 :]:
+                    self._pool.release(left.owner)
+                raise
+
+    def _submit(self, request: DecodeRequest, spec: SequenceSpec, sink: Sink) -> None:
+        request.live.add(spec.sequence_id)
         try:
-            self._dispatcher.submit(spec, partial(self._on_output, request))
+            self._dispatcher.submit(spec, sink)
         except BaseException:
-            request.sequence = None
-            self._pool.release(owner)
+            request.live.discard(spec.sequence_id)
+            self._pool.release(spec.owner)
             raise
 
-    def _on_output(self, request: DecodeRequest, output: SequenceOutput) -> None:
+    def _on_prompt(self, request: DecodeRequest, owner: OwnerId, output: SequenceOutput) -> None:
+        """A step of the prompt that several choices wait for; its table is ours when it ends."""
+        if output.finish_reason is None and output.error is None:
+            return
+        request.live.discard(output.sequence_id)
+        if output.finish_reason is FinishReason.LENGTH and request.abort_reason is None:
+            request.prefilled(output)
+            try:
+                self._fork(request, owner)
+            except Exception as error:
+                log.exception("request %s could not fork", request.request_id)
+                self._fail(request, from_foreign(error))
+            return
+        self._pool.release(owner)
+        self._fail(request, _why_ended(request, output))
+
+    def _on_output(self, request: DecodeRequest, choice: Choice, output: SequenceOutput) -> None:
         """One sequence's part of a step. A defect in here ends this request and no other."""
+        if output.error is not None or output.finish_reason is not None:
+            request.live.discard(output.sequence_id)
         try:
-            self._take(request, output)
+            self._take(request, choice, output)
         except Exception as error:
             log.exception("request %s: a step's output could not be taken", request.request_id)
-            if output.error is not None or output.finish_reason is not None:
-                request.sequence = None
-                self._end(request, from_foreign(error))
-            else:
-                self._abort(request, from_foreign(error))
+            self._fail(request, from_foreign(error))
 
-    def _take(self, request: DecodeRequest, output: SequenceOutput) -> None:
+    def _take(self, request: DecodeRequest, choice: Choice, output: SequenceOutput) -> None:
+        if output.preempted:
+            self._owe(request, output.first_index)
+            return
         if output.error is not None or output.finish_reason is FinishReason.ABORT:
-            request.sequence = None
-            aborted = request.abort_reason or WorkerLost("the engine is stopping: try again")
-            self._end(request, output.error or aborted)
+            self._fail(request, _why_ended(request, output))
             return
         if not output.new_token_ids and not output.text and output.finish_reason is None:
             return
-        item = worker_pb2.FrameItem(token_ids=output.new_token_ids, text=output.text)
-        if output.first_index == 0:
+        item = worker_pb2.FrameItem(
+            token_ids=output.new_token_ids, text=output.text, logprobs=encode_logprobs(output.logprobs)
+        )
+        if not request.items:
             request.describe_first(item, output, self._clock.now())
         for offset in range(len(output.new_token_ids)):
-            index = output.first_index + offset
-            self._observe(Lifecycle.TOKEN, {"request": request.request_id, "index": index})
+            facts = {"request": request.request_id, "choice": choice.index}
+            self._observe(Lifecycle.TOKEN, {**facts, "index": output.first_index + offset})
         if output.finish_reason is None:
-            request.emit(item)
-            if request.unacknowledged_since_detach > self._session.unacknowledged_tokens:
-                bound = self._session.unacknowledged_tokens
+            request.emit(choice, item)
+            bound = self._session.unacknowledged_tokens * len(request.choices)
+            if request.unacknowledged_since_detach > bound:
                 self._abort(request, WorkerLost(f"no router read the last {bound} tokens of this request"))
-        else:
-            request.sequence = None
-            request.finish(output.finish_reason, item)
+            return
+        request.finish(choice, output.finish_reason, item)
+        if request.finished:
             self._settle(request)
+        elif not request.live:
+            self._end(request, _why_ended(request, output))
+
+    def _owe(self, request: DecodeRequest, completion_tokens: int) -> None:
+        """A preempted sequence has its blocks before new promises, also where it outgrew its own: what it
+        needs now, and headroom for the rest. Its sister choices are taken to be as long."""
+        blocks = self._promise_blocks(request.ask, completion_tokens)
+        self._pool.raise_promise(request.promise_owner, blocks)
 
     # -- endings -------------------------------------------------------------------------------------
 
@@ -290,10 +337,17 @@ class DecodeRole:
             return
         request.abort_reason = error
         self._count("aborted")
-        if request.sequence is not None:
-            self._dispatcher.abort(request.sequence)
-        elif request.task is not None:
+        if not request.live and request.task is not None:
             request.task.cancel()
+        for sequence in tuple(request.live):
+            self._dispatcher.abort(sequence)
+
+    def _fail(self, request: DecodeRequest, error: PdserveError) -> None:
+        """It cannot go on: it ends when the engine has let go of the last of its sequences."""
+        if request.live:
+            self._abort(request, error)
+        else:
+            self._end(request, error)
 
     def _end(self, request: DecodeRequest, error: PdserveError) -> None:
         request.fail(error)
@@ -347,9 +401,10 @@ class DecodeRole:
         loop = asyncio.get_running_loop()
         request.deadline_timer = loop.call_later(remaining, self._abort, request, error)
 
-    def _promise_blocks(self, ask: DecodeAsk) -> int:
-        headroom = self._engine_config.headroom_tokens
-        return promise_blocks(len(ask.token_ids), ask.sampling.max_tokens, headroom)
+    def _promise_blocks(self, ask: DecodeAsk, completion_tokens: int = 0) -> int:
+        """What a request is promised whose choices have `completion_tokens` each."""
+        headroom = completion_tokens + self._engine_config.headroom_tokens
+        return promise_blocks(len(ask.token_ids), ask.sampling.max_tokens, headroom, ask.sampling.n)
 
     def _replace(self, ask: DecodeAsk, reason: str) -> worker_pb2.Replace:
         self._count("replaced")
@@ -357,3 +412,8 @@ class DecodeRole:
 
     def _count(self, name: str) -> None:
         self.counters[name] = self.counters.get(name, 0) + 1
+
+
+def _why_ended(request: DecodeRequest, output: SequenceOutput) -> PdserveError:
+    """What a request fails with whose sequence ended before its time."""
+    return output.error or request.abort_reason or WorkerLost("the engine is stopping: try again")

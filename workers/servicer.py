@@ -141,7 +141,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         known = message.incarnation == self._worker.incarnation
         request_id = RequestId(message.request_id)
         if known:
-            self._worker.decode.attach(link, request_id, next(iter(message.next_index), 0))
+            self._worker.decode.attach(link, request_id, message.next_index)
         else:
             self._worker.decode.refuse_attach(link, request_id)
 

@@ -8,6 +8,7 @@ from pdserve.core.config import (
     EngineConfig,
     HandoffConfig,
     IndexConfig,
+    SecurityConfig,
     SessionConfig,
     from_mapping,
     require,
@@ -34,6 +35,7 @@ class WorkerSpec:
     handoff: HandoffConfig = field(default_factory=HandoffConfig)
     session: SessionConfig = field(default_factory=SessionConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
+    security: SecurityConfig = field(default_factory=SecurityConfig)
 
     def __post_init__(self) -> None:
         roles = tuple(str(role) for role in Role)

@@ -19,6 +19,8 @@ from pdserve.core.channel_options import SERVER_OPTIONS
 from pdserve.core.clock import Clock, MonotonicClock
 from pdserve.core.errors import PdserveError, WorkerLost
 from pdserve.core.perfmodel import PerfModel, TransferRecord
+from pdserve.core.security.cluster_tls import WorkerTls
+from pdserve.core.security.tls import SocketTls
 from pdserve.core.types import Incarnation, Role, new_incarnation
 from pdserve.core.worker_record import WorkerLoad, WorkerRecord
 from pdserve.kvtransfer.handoff.consumer import DecodeHandoffs
@@ -28,6 +30,7 @@ from pdserve.kvtransfer.pool.pool import KvPool
 from pdserve.kvtransfer.transports.base import TRANSPORT_LADDER
 from pdserve.kvtransfer.transports.ladder import ImporterCache, make_exporters
 from pdserve.proto import handoff_pb2_grpc, worker_pb2, worker_pb2_grpc
+from pdserve.proto.connections import listen
 from pdserve.workers import convert
 from pdserve.workers.announcements import Announcements
 from pdserve.workers.decode_limits import DecodeLimits
@@ -41,6 +44,7 @@ from pdserve.workers.prefill_role import EngineFiller
 from pdserve.workers.seams import Seams
 from pdserve.workers.servicer import WorkerServicer
 from pdserve.workers.spec import WorkerSpec
+from pdserve.workers.worker_use import TransportUse, WorkerUse
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +65,10 @@ class Worker:
         self.storage = model.storage
         seams = seams or Seams()
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
-        port = self._server.add_insecure_port(f"{spec.host}:{spec.port}")
+        self._tls = WorkerTls.load(spec.security)
+        port = listen(
+            self._server, f"{spec.host}:{spec.port}", None if self._tls is None else self._tls.server
+        )
         self._record = _first_record(spec, model, port)
         self._announcements = Announcements(
             config=spec.index,
@@ -88,6 +95,7 @@ class Worker:
         self.decode = DecodeRole(
             record=self.record,
             pool=self.pool,
+            copy_blocks=self.storage.copy_blocks,
             dispatcher=self.dispatcher,
             handoffs=self.handoffs,
             engine_config=spec.engine,
@@ -97,6 +105,8 @@ class Worker:
         )
         self.limits = DecodeLimits.of(self._record)
         self._failure: PdserveError | None = None
+        self._ready_at: float | None = None
+        self._transports: dict[str, TransportUse] = {}
         self._failed = asyncio.Event()
         self._servicer = WorkerServicer(self)
         worker_pb2_grpc.add_WorkerServicer_to_server(self._servicer, self._server)
@@ -117,6 +127,7 @@ class Worker:
         await self.prefill.start()
         await self._server.start()
         await self._announcements.start()
+        self._ready_at = self.clock.now()
         log.info("ready as %s at %s", self.incarnation, self._record.endpoint)
 
     async def failed(self) -> PdserveError:
@@ -192,21 +203,31 @@ class Worker:
             perf_model=dict(stats.perf),
         )
 
+    def use(self) -> WorkerUse:
+        """What it has done since it started."""
+        uptime_s = 0.0 if self._ready_at is None else self.clock.now() - self._ready_at
+        return WorkerUse(uptime_s, self.engine.stats().preemptions, dict(self._transports))
+
     def heartbeat(self) -> worker_pb2.WorkerHeartbeat:
         """What every session hears a few times a second."""
         load = self.load()
         described = convert.worker_load(
-            self.record(), load, self.pool.counts(), self._handoff_count(), self.decode.in_flight()
+            self.record(),
+            load,
+            self.pool.counts(),
+            self._handoff_count(),
+            self.decode.in_flight(),
+            self.use(),
         )
         return worker_pb2.WorkerHeartbeat(progress=load.progress, load=described)
 
     def inspect(self) -> worker_pb2.InspectResponse:
         """A snapshot, with all books checked."""
         record, load, counts = self.record(), self.load(), self.pool.counts()
-        handoffs, in_flight = self._handoff_count(), self.decode.in_flight()
+        handoffs, in_flight, use = self._handoff_count(), self.decode.in_flight(), self.use()
         return worker_pb2.InspectResponse(
-            status=convert.worker_status(record, load, counts, handoffs, in_flight),
-            load=convert.worker_load(record, load, counts, handoffs, in_flight),
+            status=convert.worker_status(record, load, counts, handoffs, in_flight, use),
+            load=convert.worker_load(record, load, counts, handoffs, in_flight, use),
             integrity_error=self._integrity_error(),
             counters=self._counters(),
         )
@@ -217,6 +238,7 @@ class Worker:
             max_positions=model.decoder.config.max_position_embeddings,
             eos_ids=model.tokenizer.eos_ids,
             detokenizers=model.tokenizer.detokenizer,
+            constraints=model.constraints.matcher,
         )
         runner = seams.runner(TorchRunner(model.decoder, model.storage.tensor))
         engine = Engine(
@@ -231,7 +253,7 @@ class Worker:
             record=self.record,
             pool=self.pool,
             storage=self.storage,
-            importers=seams.importers(ImporterCache(self.storage, allowed)),
+            importers=seams.importers(ImporterCache(self.storage, allowed, tls=self._socket_tls())),
             config=config,
             progress=self._progress,
             clock=self.clock,
@@ -240,10 +262,13 @@ class Worker:
             relieve=lambda blocks: self.prefill.relieve(blocks),
             preempted=lambda: self.engine.stats().preempted_blocks,
             perf=self._perf,
+            tls=None if self._tls is None else self._tls.client,
         )
 
     def _make_prefill(self, seams: Seams) -> HandoffServicer:
-        exporters = make_exporters(self.storage, TRANSPORT_LADDER, host=self.spec.host)
+        exporters = make_exporters(
+            self.storage, TRANSPORT_LADDER, host=self.spec.host, tls=self._socket_tls()
+        )
         filler = EngineFiller(self.engine, self.dispatcher, self.spec.engine.chunk_tokens, self.clock)
         return HandoffServicer(
             record=self.record,
@@ -256,6 +281,9 @@ class Worker:
             clock=self.clock,
             observer=seams.observer,
         )
+
+    def _socket_tls(self) -> SocketTls | None:
+        return None if self._tls is None else self._tls.sockets
 
     def _take_nothing_new(self) -> None:
         self._record = dataclasses.replace(self._record, draining=True)
@@ -278,6 +306,8 @@ class Worker:
 
     def _transferred(self, num_bytes: int, seconds: float, transport: str) -> None:
         self._perf.observe_transfer(TransferRecord(seconds, num_bytes, transport))
+        used = self._transports.get(transport, TransportUse())
+        self._transports[transport] = used.plus(num_bytes, seconds)
 
     def _integrity_error(self) -> str:
         try:

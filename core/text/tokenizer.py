@@ -115,6 +115,10 @@ class Tokenizer:
         """A fresh incremental decoder for one sequence."""
         return IncrementalDetokenizer(self._backend, self._vocab_size, self._special_ids)
 
+    def to_json(self) -> str:
+        """As the `tokenizers` library saves it."""
+        return self._backend.to_str()
+
     def digest(self) -> str:
         """32 hex digits that name everything that decides ids and text; equal in every process."""
         return self._digest

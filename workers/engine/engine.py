@@ -2,19 +2,29 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pdserve.core.clock import Clock
 from pdserve.core.config import EngineConfig
-from pdserve.core.errors import InternalError, PdserveError, from_foreign
+from pdserve.core.errors import InternalError, InvalidRequest, PdserveError, from_foreign
 from pdserve.core.perfmodel import PerfModel, StepRecord, prefill_attention
-from pdserve.core.types import BlockId, BlockName, FinishReason, OwnerId, SequenceId, blocks_for
+from pdserve.core.types import (
+    BlockId,
+    BlockName,
+    Constraint,
+    FinishReason,
+    OwnerId,
+    SequenceId,
+    blocks_for,
+)
 from pdserve.workers.engine.allocation import AllocationPolicy, BlockPool
+from pdserve.workers.engine.emission import Detokenizer
 from pdserve.workers.engine.limits import EngineLimits
+from pdserve.workers.engine.logit_rules import LogitRules, Matcher
 from pdserve.workers.engine.messages import EngineStats, SequenceOutput, SequenceSpec, StepOutputs
-from pdserve.workers.engine.runner import BatchSpec, ChunkSpec, ModelRunner
+from pdserve.workers.engine.runner import BatchSpec, ChunkSpec, ModelRunner, Sampled
 from pdserve.workers.engine.scheduler import ScheduledChunk, Scheduler
-from pdserve.workers.engine.sequence import Detokenizer, Sequence, SequenceState
+from pdserve.workers.engine.sequence import Sequence, SequenceState
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +36,8 @@ class EngineModel:
     eos_ids: frozenset[int]
     detokenizers: Callable[[], Detokenizer]
     """Makes a fresh one for each sequence that samples."""
+    constraints: Callable[[Constraint], Matcher] | None = None
+    """Compiles a constraint, or raises InvalidRequest; None: this engine takes none."""
 
 
 class Engine:
@@ -139,6 +151,8 @@ class Engine:
         schedule = self._scheduler.schedule()
         self._released.clear()
         self._preemptions += len(schedule.preempted)
+        # First: a sequence may start again, or fail, in the step in which it yielded.
+        self._items.extend(_preemption(sequence) for sequence in schedule.preempted)
         self._is_stalled = not (schedule.chunks or schedule.completed or schedule.failed)
         for sequence, error in schedule.failed:
             self._close(sequence, sequence.output(error=error))
@@ -199,8 +213,11 @@ class Engine:
         for chunk in chunks:
             if chunk.sequence.started_at is None:
                 chunk.sequence.started_at = started_at
+        chunks, batch = self._batch(chunks)
+        if not chunks:
+            return
         try:
-            sampled = self._runner.run(BatchSpec(tuple(_chunk_spec(chunk) for chunk in chunks)))
+            sampled = self._runner.run(batch)
             samplers = [chunk.sequence.sequence_id for chunk in chunks if chunk.samples]
             tokens = dict(zip(samplers, sampled, strict=True))
         except Exception as error:
@@ -218,24 +235,36 @@ class Engine:
             except Exception as error:
                 self._end(chunk.sequence, chunk.sequence.output(error=from_foreign(error)))
 
+    def _batch(self, chunks: tuple[ScheduledChunk, ...]) -> tuple[tuple[ScheduledChunk, ...], BatchSpec]:
+        """What runs of `chunks`. A sequence whose constraint cannot go on ends here, alone."""
+        specs: dict[ScheduledChunk, ChunkSpec] = {}
+        for chunk in chunks:
+            try:
+                specs[chunk] = _chunk_spec(chunk)
+            except Exception as error:
+                self._end(chunk.sequence, chunk.sequence.output(error=from_foreign(error)))
+        return tuple(specs), BatchSpec(tuple(specs.values()))
+
     def _postprocess(
-        self, chunk: ScheduledChunk, token: int | None, started_at: float, ended_at: float
+        self, chunk: ScheduledChunk, sampled: Sampled | None, started_at: float, ended_at: float
     ) -> None:
         """Count what ran, name the blocks that are full with it, take the sampled token."""
         sequence = chunk.sequence
         self._name(sequence.owner, sequence.advance(chunk.count))
-        if token is None:
+        if sampled is None:
             if sequence.samples or sequence.remaining:
                 self._items.append(sequence.output())
                 return
             sequence.prefill_ended_at = ended_at
             self._end(sequence, sequence.output(finish_reason=FinishReason.LENGTH))
             return
-        if sequence.first_token_at is None:
-            sequence.prefill_ended_at, sequence.first_token_at = started_at, ended_at
-        text, finish_reason = sequence.append(token, self._model.eos_ids)
-        output = sequence.output((token,), text, finish_reason)
-        if finish_reason is None:
+        if sequence.prefill_ended_at is None:
+            sequence.prefill_ended_at = started_at
+        emission = sequence.append(sampled.token, sampled.logprobs, self._model.eos_ids)
+        if emission.token_ids and sequence.first_token_at is None:
+            sequence.first_token_at = ended_at
+        output = sequence.output(emission)
+        if emission.finish_reason is None:
             self._items.append(output)
         else:
             self._end(sequence, output)
@@ -253,15 +282,26 @@ class Engine:
                 f"sequence {spec.sequence_id} comes with {spec.num_computed} computed positions and "
                 f"{len(table)} blocks in the table of {spec.owner}; it needs {needed}"
             )
-        detokenizer = None
-        if spec.sampling is not None:
-            detokenizer = self._model.detokenizers()
-            for token in spec.token_ids[len(spec.token_ids) - spec.prior_tokens :]:
-                detokenizer.push(token)
-        sequence = Sequence(spec, self._arrivals, detokenizer)
+        detokenizer = self._model.detokenizers() if spec.sampling is not None else None
+        sequence = Sequence(spec, self._arrivals, detokenizer, self._rules(spec))
         sequence.place(list(table), 0)
         self._name(spec.owner, sequence.advance(spec.num_computed))
         return sequence
+
+    def _rules(self, spec: SequenceSpec) -> LogitRules | None:
+        """Raises InvalidRequest for a constraint that does not compile, or that prior tokens break."""
+        params = spec.sampling
+        if params is None or not LogitRules.needed(params):
+            return None
+        matcher = None
+        if params.constraint is not None:
+            if self._model.constraints is None:
+                raise InvalidRequest("this model takes no constraints on its output: leave it out")
+            matcher = self._model.constraints(params.constraint)
+        prompt = len(spec.token_ids) - spec.prior_tokens
+        return LogitRules(
+            params, spec.token_ids[:prompt], spec.token_ids[prompt:], self._model.eos_ids, matcher
+        )
 
     def _name(self, owner: OwnerId, full: Iterable[tuple[BlockId, BlockName]]) -> None:
         for block, name in full:
@@ -293,6 +333,7 @@ def _chunk_spec(chunk: ScheduledChunk) -> ChunkSpec:
         start=chunk.start,
         blocks=tuple(sequence.blocks),
         sampling=sequence.spec.sampling if chunk.samples else None,
+        edits=sequence.rules.edits() if chunk.samples and sequence.rules is not None else None,
     )
 
 
@@ -306,6 +347,10 @@ def _step_record(chunks: tuple[ScheduledChunk, ...], seconds: float) -> StepReco
         decode_sequences=len(decodes),
         decode_context=sum(chunk.start + 1 for chunk in decodes),
     )
+
+
+def _preemption(sequence: Sequence) -> SequenceOutput:
+    return replace(sequence.output(), num_computed=0, preempted=True)
 
 
 def _refusal(spec: SequenceSpec, error: PdserveError) -> SequenceOutput:

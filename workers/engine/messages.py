@@ -38,7 +38,7 @@ class SequenceOutput:
 
     sequence_id: SequenceId
     num_computed: int
-    """Leading positions whose KV is computed; falls when the sequence is preempted."""
+    """Leading positions whose KV is computed; falls to 0 when the sequence is preempted."""
     first_index: int
     """Index in the completion of the first of `new_token_ids`, or of the next token where there is none."""
     new_token_ids: tuple[int, ...]
@@ -53,8 +53,12 @@ class SequenceOutput:
     prefill_ended_at: float | None
     """Prefill only: the end of the last chunk's step. Sampling: the start of the step that samples first."""
     first_token_at: float | None
+    """The end of the step with which the first token became certain: it may have been held back before."""
     logprobs: tuple[TokenLogprobs, ...] = ()
     """One per token of `new_token_ids` where `sampling.logprobs` asks for them."""
+    preempted: bool = False
+    """It had to yield in this step, and waits for blocks for all its tokens: those before `first_index` and
+    the prompt. Such an output says nothing else; another one of the same step may follow it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,15 +39,15 @@ class SampleRequest:
     @property
     def is_truncated(self) -> bool:
         """Only some of the vocabulary can win."""
-        return self.params.top_k > 0 or self.params.top_p < 1.0
+        return self.params.top_k > 0 or self.params.top_p < 1.0 or self.params.min_p > 0.0
 
 
 def sample(logits: torch.Tensor, requests: Sequence[SampleRequest]) -> list[int]:
     """One token id per row.
 
     `logits` is [rows, vocabulary] float32, on any device, and is not written to. Greedy rows take the
-    likeliest token, the lowest id on ties. Others: temperature, then top-k, then top-p, as Hugging Face
-    orders them, but ties at a cut go to the lowest ids, so that top-k keeps k tokens.
+    likeliest token, the lowest id on ties. Others: temperature, min-p, top-k, top-p, as vLLM orders them, but
+    ties at a cut of top-k or top-p go to the lowest ids, so that top-k keeps k tokens.
     Raises InternalError when a row has NaN or +inf, or nothing above -inf: the forward pass is broken.
     """
     if logits.shape[0] != len(requests):
@@ -55,10 +55,7 @@ def sample(logits: torch.Tensor, requests: Sequence[SampleRequest]) -> list[int]
     if not requests:
         return []
     best = logits.max(dim=-1)
-    finite = best.values.isfinite()
-    if not bool(finite.all()):
-        broken = finite.logical_not().nonzero().flatten().tolist()
-        raise InternalError(f"the logits of rows {broken} are not finite: the forward pass is broken")
+    _refuse_broken(best.values)
     tokens: list[int] = best.indices.tolist()
     random = [row for row, request in enumerate(requests) if not request.is_greedy]
     for truncated in (False, True):
@@ -68,6 +65,11 @@ def sample(logits: torch.Tensor, requests: Sequence[SampleRequest]) -> list[int]
             for row, token in zip(rows, _draw(logits, requests, rows, truncated), strict=True):
                 tokens[row] = token
     return tokens
+
+
+def check_finite(logits: torch.Tensor) -> None:
+    """Raises InternalError as `sample` does."""
+    _refuse_broken(logits.amax(dim=-1))
 
 
 def gumbel_noise(keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -80,6 +82,13 @@ def gumbel_noise(keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     # 52 bits and a half are exact in float64, so u is never 0 or 1 and the noise is finite.
     uniform = _shift_right(words, 12).double().add_(0.5).mul_(2.0**-52)
     return uniform.log_().neg_().log_().neg_()
+
+
+def _refuse_broken(highest: torch.Tensor) -> None:
+    finite = highest.isfinite()
+    if not bool(finite.all()):
+        broken = finite.logical_not().nonzero().flatten().tolist()
+        raise InternalError(f"the logits of rows {broken} are not finite: the forward pass is broken")
 
 
 def _draw(
@@ -101,14 +110,17 @@ def _draw(
 
 
 def _candidates(scores: torch.Tensor, params: Sequence[SamplingParams]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens that top-k and top-p leave: (ids, scores), both [rows, n], likeliest first, equals by id.
+    """The tokens that min-p, top-k and top-p leave, likeliest first, equals by id.
 
-    n is that of the widest row; what is beyond a row's own limits has the score -inf. Top-p keeps a token
-    when the mass before it is below p, so always one at least. Tokens lighter than (1 - p) / vocabulary of
-    the mass weigh less than 1 - p together and so lie outside of the nucleus: only the others are sorted.
+    Returns (ids, scores), both [rows, n]. n is that of the widest row; what is beyond a row's own limits has
+    the score -inf. Top-p keeps a token when the mass before it is below p, so always one at least. Tokens
+    lighter than (1 - p) / vocabulary of the mass weigh less than 1 - p together and so lie outside of the
+    nucleus: only the others are sorted.
     """
     device = scores.device
     vocabulary = scores.shape[1]
+    if any(p.min_p > 0.0 for p in params):
+        _keep_min_p(scores, [p.min_p for p in params])
     if any(p.top_k > 0 for p in params):
         _keep_top_k(scores, [p.top_k if 0 < p.top_k < vocabulary else vocabulary for p in params])
     limit = torch.tensor([[p.top_p] for p in params], dtype=torch.float64, device=device)
@@ -124,6 +136,12 @@ def _candidates(scores: torch.Tensor, params: Sequence[SamplingParams]) -> tuple
     before = ordered.values.cumsum(-1) - ordered.values
     inside = unlimited | (before < (limit * total).ceil_().clamp_(min=1.0))
     return ids, scores.gather(1, ids).masked_fill_(~inside, -torch.inf)
+
+
+def _keep_min_p(scores: torch.Tensor, shares: Sequence[float]) -> None:
+    """Set the scores of tokens less likely than that share of the likeliest one to -inf."""
+    share = torch.tensor(shares, dtype=torch.float64, device=scores.device).unsqueeze(1)
+    scores.masked_fill_(scores < scores.amax(-1, keepdim=True) + share.log(), -torch.inf)
 
 
 def _keep_top_k(scores: torch.Tensor, limits: Sequence[int]) -> None:

@@ -1,22 +1,22 @@
 """A sequence: the engine's state of one choice of a request."""
 
 from enum import StrEnum
-from typing import Protocol
 
 from pdserve.core.errors import InternalError, PdserveError
-from pdserve.core.types import BLOCK_TOKENS, BlockId, BlockName, FinishReason, OwnerId, SequenceId, blocks_for
+from pdserve.core.types import (
+    BLOCK_TOKENS,
+    BlockId,
+    BlockName,
+    FinishReason,
+    OwnerId,
+    SequenceId,
+    TokenLogprobs,
+    blocks_for,
+)
 from pdserve.kvtransfer.names import extend
+from pdserve.workers.engine.emission import Detokenizer, Emission, Emitter
+from pdserve.workers.engine.logit_rules import LogitRules
 from pdserve.workers.engine.messages import SequenceOutput, SequenceSpec
-
-
-class Detokenizer(Protocol):
-    """Token ids to text, one at a time; owned by one sequence."""
-
-    def push(self, token_id: int) -> str:
-        """The text that became certain with this token; may be empty."""
-
-    def finish(self) -> str:
-        """What was held back."""
 
 
 class SequenceState(StrEnum):
@@ -47,12 +47,21 @@ class Sequence:
     lives; `check_integrity` compares them. Only the engine's thread touches a sequence.
     """
 
-    def __init__(self, spec: SequenceSpec, arrival: int, detokenizer: Detokenizer | None = None) -> None:
-        """`arrival` is the engine's count of sequences. `detokenizer` has seen the prior tokens; None where
-        nothing is sampled."""
+    def __init__(
+        self,
+        spec: SequenceSpec,
+        arrival: int,
+        detokenizer: Detokenizer | None = None,
+        rules: LogitRules | None = None,
+    ) -> None:
+        """`arrival` is the engine's count of sequences. `detokenizer` is a fresh one; None where nothing is
+        sampled. `rules` have seen the prior tokens; None where no logit is changed.
+
+        Raises InvalidRequest for an empty stop string, or a prior token out of the vocabulary.
+        """
         self.spec = spec
         self.arrival = arrival
-        self.detokenizer = detokenizer
+        self.rules = rules
         self.state = SequenceState.WAITING
         self.tokens: list[int] = list(spec.token_ids)
         self.names: list[BlockName] = list(spec.chain)
@@ -63,6 +72,9 @@ class Sequence:
         self.prefill_ended_at: float | None = None
         self.first_token_at: float | None = None
         self._named_blocks = 0
+        self._emitted = spec.prior_tokens
+        self._stop_ids = frozenset(spec.sampling.stop_token_ids if spec.sampling is not None else ())
+        self._emitter = self._make_emitter(detokenizer)
 
     @property
     def sequence_id(self) -> SequenceId:
@@ -132,37 +144,58 @@ class Sequence:
         named, self._named_blocks = self._named_blocks, full
         return list(zip(self.blocks[named:full], self.names[named:full], strict=True))
 
-    def append(self, token: int, eos_ids: frozenset[int]) -> tuple[str, FinishReason | None]:
-        """Take a sampled token; return the text that became certain and the reason if this ends it."""
-        sampling, detokenizer = self.spec.sampling, self.detokenizer
-        if sampling is None or detokenizer is None:
+    def append(self, token: int, logprobs: TokenLogprobs | None, eos_ids: frozenset[int]) -> Emission:
+        """Take a sampled token; return what became certain with it, and the reason if it is the last one.
+
+        `logprobs` are the token's, held back together with it. Raises InvalidRequest where the sequence's
+        constraint cannot go on with the token.
+        """
+        sampling, emitter = self.spec.sampling, self._emitter
+        if sampling is None or emitter is None:
             raise InternalError(f"sequence {self.sequence_id} is prefill only and was given token {token}")
         self.tokens.append(token)
-        if token in eos_ids and not sampling.ignore_eos:
-            return detokenizer.finish(), FinishReason.STOP
-        text = detokenizer.push(token)
-        if self.completion_tokens >= sampling.max_tokens:
-            return text + detokenizer.finish(), FinishReason.LENGTH
-        return text, None
+        may_stop = self.completion_tokens >= sampling.min_tokens
+        is_eos = token in eos_ids and not sampling.ignore_eos
+        stops = may_stop and (is_eos or token in self._stop_ids)
+        if self.rules is not None:
+            self.rules.take(token)
+        is_complete = self.rules is not None and self.rules.is_complete
+        reason = FinishReason.STOP if stops or is_complete else None
+        if reason is None and self.completion_tokens >= sampling.max_tokens:
+            reason = FinishReason.LENGTH
+        emission = emitter.push(token, logprobs, reason, armed=may_stop, silent=stops)
+        self._emitted += len(emission.token_ids)
+        return emission
 
     def output(
         self,
-        new_token_ids: tuple[int, ...] = (),
-        text: str = "",
+        emission: Emission | None = None,
+        *,
         finish_reason: FinishReason | None = None,
         error: PdserveError | None = None,
     ) -> SequenceOutput:
-        """This moment as a message; `new_token_ids` are the last of `tokens`."""
+        """This moment as a message. With `emission`, what `append` just returned, comes its own reason."""
+        said = emission or Emission(finish_reason=finish_reason)
         return SequenceOutput(
             sequence_id=self.sequence_id,
             num_computed=self.num_computed,
-            first_index=self.completion_tokens - len(new_token_ids),
-            new_token_ids=new_token_ids,
-            text=text,
-            finish_reason=finish_reason,
+            first_index=self._emitted - len(said.token_ids),
+            new_token_ids=said.token_ids,
+            text=said.text,
+            finish_reason=said.finish_reason,
             error=error,
             cached_tokens=self.cached_tokens,
             started_at=self.started_at,
             prefill_ended_at=self.prefill_ended_at,
             first_token_at=self.first_token_at,
+            logprobs=said.logprobs,
         )
+
+    def _make_emitter(self, detokenizer: Detokenizer | None) -> Emitter | None:
+        """With the text of the prior tokens behind it."""
+        if self.spec.sampling is None or detokenizer is None:
+            return None
+        emitter = Emitter(detokenizer, self.spec.sampling.stop)
+        for token in self.spec.token_ids[self.prompt_tokens :]:
+            emitter.replay(token)
+        return emitter

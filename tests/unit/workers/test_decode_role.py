@@ -1,199 +1,17 @@
 """D owns a request: promise first, candidates in order, and nothing left at any end (invariants 2 and 4)."""
 
 import asyncio
-from collections.abc import Callable, Sequence
 
-import numpy as np
 import pytest
+from decode_rig import HEADROOM, POOL_BLOCKS, ROOT, Rig
 
 from pdserve.core.clock import MonotonicClock
-from pdserve.core.config import EngineConfig, SessionConfig
+from pdserve.core.config import SessionConfig
 from pdserve.core.errors import GrpcCode, WorkerLost
-from pdserve.core.types import (
-    FinishReason,
-    Incarnation,
-    OwnerId,
-    RequestId,
-    Role,
-    SamplingParams,
-    SequenceId,
-    WorkerId,
-    blocks_for,
-    hit_limit,
-)
-from pdserve.core.worker_record import WorkerRecord
-from pdserve.kvtransfer.handoff.ask import Committed, HandoffAsk, HandoffPeer, NotServed
+from pdserve.core.types import FinishReason, OwnerId, RequestId, blocks_for, hit_limit
 from pdserve.kvtransfer.handoff.states import Outcome
 from pdserve.kvtransfer.names import chain
-from pdserve.kvtransfer.pool.layout import KvLayout
-from pdserve.kvtransfer.pool.pool import KvPool
-from pdserve.proto import worker_pb2
-from pdserve.workers.decode_request import DecodeAsk, PrefillCandidate
-from pdserve.workers.decode_role import DecodeRole
-from pdserve.workers.engine.messages import SequenceOutput, SequenceSpec
-from pdserve.workers.seams import ignore
 from pdserve.workers.session_link import SessionLink
-
-POOL_BLOCKS = 32
-HEADROOM = 40
-ROOT = b"n" * 16
-
-
-class FakeHandoffs:
-    """Answers each fetch with the next of `outcomes`; None waits until the request gives up."""
-
-    def __init__(self, pool: KvPool, outcomes: Sequence[Outcome | str | None]) -> None:
-        self._pool = pool
-        self._outcomes = list(outcomes)
-        self.asked: list[str] = []
-        self.begun = asyncio.Event()
-
-    async def fetch(self, ask: HandoffAsk, peer: HandoffPeer) -> Committed | NotServed:
-        self.asked.append(peer.worker)
-        self.begun.set()
-        outcome = self._outcomes.pop(0)
-        if outcome is None:
-            await asyncio.Event().wait()
-        if isinstance(outcome, Outcome):
-            return NotServed(outcome, f"{peer.worker} said {outcome}")
-        assert self._pool.allocate(ask.owner, ask.blocks) is not None
-        return Committed(
-            owner=ask.owner,
-            num_computed=ask.positions,
-            transport="shm",
-            blocks_moved=ask.blocks,
-            bytes_moved=1,
-            blocks_reused=0,
-            prefill_queue_s=0.0,
-            prefill_s=0.0,
-            prefill_cached_tokens=0,
-            filled_seen_at=0.0,
-            committed_at=0.0,
-            prefill_worker=peer.worker,
-            prefill_incarnation=peer.incarnation,
-            prefill_pid=1,
-        )
-
-
-class FakeDispatcher:
-    """An engine that does what the test says."""
-
-    def __init__(self, pool: KvPool) -> None:
-        self._pool = pool
-        self.sinks: dict[SequenceId, Callable[[SequenceOutput], None]] = {}
-        self.specs: list[SequenceSpec] = []
-        self.submitted = asyncio.Event()
-
-    def after_step(self, callback: Callable[[], None]) -> None:
-        self._after = callback
-
-    def submit(self, spec: SequenceSpec, sink: Callable[[SequenceOutput], None]) -> None:
-        self.specs.append(spec)
-        self.sinks[spec.sequence_id] = sink
-        self.submitted.set()
-
-    def abort(self, sequence: SequenceId) -> None:
-        self.emit(sequence, 0, (), FinishReason.ABORT)
-
-    def emit(
-        self, sequence: SequenceId, first: int, tokens: tuple[int, ...], reason: FinishReason | None = None
-    ) -> None:
-        spec = next(spec for spec in self.specs if spec.sequence_id == sequence)
-        if reason is not None:
-            self._pool.release(spec.owner)
-        self.sinks[sequence](
-            SequenceOutput(
-                sequence_id=sequence,
-                num_computed=len(spec.token_ids),
-                first_index=first,
-                new_token_ids=tokens,
-                text="".join(f"<{token}>" for token in tokens),
-                finish_reason=reason,
-                error=None,
-                cached_tokens=0,
-                started_at=0.0,
-                prefill_ended_at=0.0,
-                first_token_at=0.0,
-            )
-        )
-        self._after()
-
-
-class Rig:
-    """A DecodeRole over a real pool."""
-
-    def __init__(self, *outcomes: Outcome | str | None, reattach_s: float = 5.0) -> None:
-        self.pool = KvPool(KvLayout(1, 1, 8, "float32"), POOL_BLOCKS, np.zeros(POOL_BLOCKS, np.uint64))
-        self.handoffs = FakeHandoffs(self.pool, outcomes)
-        self.engine = FakeDispatcher(self.pool)
-        record = WorkerRecord(
-            worker=WorkerId("decode-0"),
-            incarnation=Incarnation("d1"),
-            role=Role.DECODE,
-            model="m",
-            schema="00",
-            endpoint="127.0.0.1:1",
-            pid=7,
-            context_tokens=4096,
-            vocab_size=100,
-            dtype="float32",
-            pool_blocks=POOL_BLOCKS,
-            role_weight=0.0,
-        )
-        self.role = DecodeRole(
-            record=lambda: record,
-            pool=self.pool,
-            dispatcher=self.engine,  # type: ignore[arg-type]
-            handoffs=self.handoffs,  # type: ignore[arg-type]
-            engine_config=EngineConfig(headroom_tokens=HEADROOM),
-            session_config=SessionConfig(reattach_s=reattach_s),
-            clock=MonotonicClock(),
-            observer=ignore,
-        )
-        self.link = SessionLink("router")
-
-    def open(
-        self,
-        name: str = "r",
-        tokens: int = 70,
-        *,
-        max_tokens: int = 1000,
-        candidates: Sequence[str] = ("prefill-0", "prefill-1", "decode-0"),
-        deadline: float | None = None,
-    ) -> worker_pb2.Replace | None:
-        prompt = tuple(range(tokens))
-        ask = DecodeAsk(
-            request_id=RequestId(name),
-            token_ids=prompt,
-            chain=chain(ROOT, prompt),
-            namespace=ROOT,
-            sampling=SamplingParams(max_tokens=max_tokens),
-            candidates=tuple(PrefillCandidate(worker, "p1", "127.0.0.1:2") for worker in candidates),
-            deadline=deadline,
-        )
-        return self.role.open(self.link, ask)
-
-    async def until_submitted(self) -> SequenceSpec:
-        async with asyncio.timeout(5):
-            await self.engine.submitted.wait()
-        return self.engine.specs[-1]
-
-    async def until_ended(self) -> None:
-        async with asyncio.timeout(5):
-            while self.role.unfinished():
-                await asyncio.sleep(0)
-
-    def items(self) -> list[worker_pb2.FrameItem]:
-        """All that was queued for the router, in order."""
-        self.link.flush()
-        queued = list(self.link._messages)
-        return [item for message in queued for item in message.frame.items]
-
-    def assert_nothing_left(self) -> None:
-        counts = self.pool.counts()
-        assert (counts.promised, counts.held, counts.reserved, counts.loading) == (0, 0, 0, 0)
-        assert self.pool.owners() == ()
-        self.pool.check_integrity()
 
 
 @pytest.mark.parametrize(
@@ -240,6 +58,48 @@ async def test_what_cannot_be_promised_is_refused_at_once_and_queues_nothing() -
             await asyncio.sleep(0)
     rig.role.fail_all(WorkerLost("over"))
     await rig.until_ended()
+    rig.assert_nothing_left()
+
+
+async def test_what_a_preempted_sequence_needs_comes_before_new_promises() -> None:
+    rig = Rig("ok", None, "ok")
+    rig.open("old", 70, max_tokens=400)
+    spec = await rig.until_submitted()
+    sampled = 200
+    rig.engine.emit(spec.sequence_id, 0, tuple(range(sampled)))
+    said = len(rig.items())
+    rig.open("young", 70)
+    assert rig.pool.counts().promised == 2 * blocks_for(70 + HEADROOM) < POOL_BLOCKS // 2
+
+    rig.engine.preempt(spec.sequence_id, sampled)
+    owed = blocks_for(70 + sampled + HEADROOM)
+    assert rig.pool.counts().promised == owed + blocks_for(70 + HEADROOM)
+    assert len(rig.items()) == said  # its router hears nothing of it
+    rig.engine.preempt(spec.sequence_id, sampled)
+    assert rig.pool.counts().promised == owed + blocks_for(70 + HEADROOM)  # owed once
+    assert (replace := rig.open("new")) is not None
+    assert str(POOL_BLOCKS) in replace.reason
+
+    rig.engine.emit(spec.sequence_id, sampled, (5,), FinishReason.LENGTH)
+    assert rig.open("new") is None
+    rig.role.fail_all(WorkerLost("over"))
+    await rig.until_ended()
+    rig.assert_nothing_left()
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "sampled"), [(HEADROOM, 30), (90, 80)], ids=["inside its headroom", "near its end"]
+)
+async def test_a_preempted_sequence_is_owed_no_more_than_it_may_ever_need(
+    max_tokens: int, sampled: int
+) -> None:
+    rig = Rig("ok")
+    rig.open(tokens=70, max_tokens=max_tokens)
+    spec = await rig.until_submitted()
+    rig.engine.emit(spec.sequence_id, 0, tuple(range(sampled)))
+    rig.engine.preempt(spec.sequence_id, sampled)
+    assert rig.pool.counts().promised == blocks_for(70 + max_tokens - 1)
+    rig.engine.emit(spec.sequence_id, sampled, (5,), FinishReason.LENGTH)
     rig.assert_nothing_left()
 
 
@@ -361,7 +221,7 @@ async def test_an_attach_sends_what_was_not_seen_and_nothing_twice(seen: int) ->
         reason = FinishReason.LENGTH if index == 4 else None
         rig.engine.emit(spec.sequence_id, index, (10 + index,), reason)
     rig.link = SessionLink("router")
-    rig.role.attach(rig.link, RequestId("r"), seen)
+    rig.role.attach(rig.link, RequestId("r"), [seen])
     items = rig.items()
     tokens = [token for item in items for token in item.token_ids if item.first_index >= seen]
     assert tokens == [10 + index for index in range(seen, 5)]
@@ -373,7 +233,7 @@ async def test_an_attach_sends_what_was_not_seen_and_nothing_twice(seen: int) ->
 
 async def test_an_attach_to_a_request_that_is_not_here_is_a_retriable_loss() -> None:
     rig = Rig()
-    rig.role.attach(rig.link, RequestId("gone"), 3)
+    rig.role.attach(rig.link, RequestId("gone"), [3])
     (item,) = rig.items()
     assert item.failure.code == int(GrpcCode.UNAVAILABLE)
     assert item.failure.retriable
@@ -427,11 +287,11 @@ async def test_every_break_of_a_session_has_its_own_grace() -> None:
     rig.role.detach(rig.link)
     await asyncio.sleep(0.3)  # 0.1 s are left of the first grace
     rig.link = SessionLink("router")
-    rig.role.attach(rig.link, RequestId("r"), 0)
+    rig.role.attach(rig.link, RequestId("r"), [0])
     rig.role.detach(rig.link)
     await asyncio.sleep(0.2)  # past the end of the first, within the second
     assert rig.role.unfinished() == 1
     rig.link = SessionLink("router")
-    rig.role.attach(rig.link, RequestId("r"), 0)
+    rig.role.attach(rig.link, RequestId("r"), [0])
     rig.engine.emit(spec.sequence_id, 0, (5,), FinishReason.LENGTH)
     assert rig.items()[-1].finish_reason == "length"

@@ -53,6 +53,7 @@ class Rig:
         self.role = DecodeRole(
             record=lambda: RECORD,
             pool=self.pool,
+            copy_blocks=lambda sources, targets: None,
             dispatcher=self.dispatcher,
             handoffs=None,  # type: ignore[arg-type]  # the only candidate is this worker
             engine_config=EngineConfig(headroom_tokens=64),
@@ -116,7 +117,7 @@ async def test_an_id_is_free_again_only_when_its_last_user_has_let_go() -> None:
     replace = rig.open()
     assert replace is not None
     assert "still ending" in replace.reason
-    rig.role.attach(rig.link, R, 0)
+    rig.role.attach(rig.link, R, [0])
     (refusal,) = rig.heard()
     assert refusal.failure.retriable
     await rig.engine_let_go()
@@ -149,7 +150,7 @@ async def test_no_request_of_a_void_incarnation_can_be_claimed() -> None:
     rig.role.void(WorkerLost("fenced"))
     assert rig.role.in_flight() == 1  # the ended one is gone; the engine has the other
     for name in (R, RequestId("other")):
-        rig.role.attach(rig.link, name, 0)
+        rig.role.attach(rig.link, name, [0])
     assert [item.failure.code for item in rig.heard()] == [int(GrpcCode.UNAVAILABLE)] * 2
     rig.engine.step(output("other/0", reason=FinishReason.ABORT))
     await settle()
@@ -165,7 +166,7 @@ async def test_what_ends_while_nobody_listens_waits_for_its_router_and_then_goes
     rig.engine.step(output("r/0", tokens=(6,), first=1, reason=FinishReason.LENGTH))
     await settle()
     assert rig.role.unfinished() == 0
-    rig.role.attach(rig.link, R, 1)
+    rig.role.attach(rig.link, R, [1])
     assert [list(item.token_ids) for item in rig.heard()] == [[6]]
     rig.role.detach(rig.link)
     async with asyncio.timeout(5):

@@ -14,7 +14,7 @@ from pdserve.kvtransfer.pool.layout import KvLayout
 from pdserve.kvtransfer.pool.pool import KvPool
 from pdserve.workers.engine.engine import Engine, EngineModel
 from pdserve.workers.engine.messages import SequenceOutput, SequenceSpec, StepOutputs
-from pdserve.workers.engine.runner import BatchSpec, ChunkSpec
+from pdserve.workers.engine.runner import BatchSpec, ChunkSpec, Sampled
 
 ROOT = b"namespace-of-16b"
 VOCAB = 40
@@ -47,7 +47,7 @@ class HashRunner:
         self.batches: list[BatchSpec] = []
         self.fail_next: Exception | None = None
 
-    def run(self, batch: BatchSpec) -> list[int]:
+    def run(self, batch: BatchSpec) -> list[Sampled]:
         self.batches.append(batch)
         if self.fail_next is not None:
             error, self.fail_next = self.fail_next, None
@@ -55,7 +55,7 @@ class HashRunner:
         written = [self._write(chunk) for chunk in batch.chunks]
         slots = [slot for chunk_slots in written for slot in chunk_slots]
         assert len(slots) == len(set(slots)), "two sequences of one step write to one slot"
-        return [self._sample(c, c.sampling) for c in batch.chunks if c.sampling is not None]
+        return [Sampled(self._sample(c, c.sampling)) for c in batch.chunks if c.sampling is not None]
 
     def _write(self, chunk: ChunkSpec) -> list[tuple[int, int]]:
         slots = []

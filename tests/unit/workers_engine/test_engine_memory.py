@@ -40,6 +40,26 @@ def test_the_youngest_yields_and_returns_before_newcomers() -> None:
     assert harness.engine.stats().preemptions <= 2
 
 
+def test_each_preemption_is_announced_once_and_changes_no_token() -> None:
+    harness = Harness(pool_blocks=6)
+    for number, name in enumerate(("old", "middle", "young")):
+        harness.submit(name, prompt_of(30, number), greedy(40))
+    announced = 0
+    while harness.engine.has_work:
+        before = harness.engine.stats().preemptions
+        outputs = harness.step()
+        said = [item for item in outputs.items if item.preempted]
+        assert len(said) == harness.engine.stats().preemptions - before
+        announced += len(said)
+        for item in said:
+            assert item.num_computed == 0
+            assert item.first_index == len(harness.tokens(item.sequence_id))  # so many must be computed again
+            assert (item.new_token_ids, item.text, item.finish_reason, item.error) == ((), "", None, None)
+    assert announced == harness.engine.stats().preemptions > 0
+    for number, name in enumerate(("old", "middle", "young")):
+        assert harness.tokens(name) == expected_tokens(prompt_of(30, number), greedy(40))
+
+
 def test_the_oldest_is_never_preempted() -> None:
     harness = Harness(pool_blocks=8, max_sequences=4)
     for number in range(4):

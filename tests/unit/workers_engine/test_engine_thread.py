@@ -12,19 +12,19 @@ from pdserve.core.errors import ConfigError, InternalError, Unavailable
 from pdserve.core.types import FinishReason, OwnerId, SequenceId
 from pdserve.workers.engine.client import ThreadEngineClient
 from pdserve.workers.engine.messages import EngineClient, SequenceOutput, StepOutputs
-from pdserve.workers.engine.runner import BatchSpec
+from pdserve.workers.engine.runner import BatchSpec, Sampled
 
 
 class Gate:
     """A runner that stops before each step until it is let through."""
 
-    def __init__(self, inner: Callable[[BatchSpec], list[int]]) -> None:
+    def __init__(self, inner: Callable[[BatchSpec], list[Sampled]]) -> None:
         self.entered = threading.Semaphore(0)
         self.passes = threading.Semaphore(0)
         self.threads: list[tuple[str, int]] = []
         self._inner = inner
 
-    def run(self, batch: BatchSpec) -> list[int]:
+    def run(self, batch: BatchSpec) -> list[Sampled]:
         self.threads.append((threading.current_thread().name, torch.get_num_threads()))
         self.entered.release()
         assert self.passes.acquire(timeout=30)

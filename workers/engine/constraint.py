@@ -1,0 +1,103 @@
+"""Constraints over one model's tokens: which tokens may come next."""
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from pdserve.core.constraint_check import grammar_of, load_llguidance, parser_limits, refuse
+from pdserve.core.errors import InvalidRequest
+from pdserve.core.types import Constraint
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+_COMPILED: Final = 64
+"""Constraints that stay compiled: choices of one request, and requests that repeat a schema, share them."""
+
+
+class ConstraintMatcher:
+    """How far one sequence's tokens have come through a grammar: state of the tokens alone."""
+
+    def __init__(self, matcher: "LLMatcher", constraint: Constraint) -> None:
+        """Takes `matcher` over."""
+        self._matcher = matcher
+        self._constraint = constraint
+
+    @property
+    def is_complete(self) -> bool:
+        """Nothing but an end can come."""
+        return self._matcher.is_stopped()
+
+    def take(self, token: int) -> None:
+        """Go on with a token. Raises InvalidRequest where the grammar does not allow it here."""
+        if not self._matcher.consume_token(token):
+            self._fail()
+
+    def allowed(self) -> npt.NDArray[np.uint8]:
+        """The tokens that may come next, one bit each, the lowest bit of a byte first.
+
+        Ends of the sequence are among them exactly when the text so far satisfies the constraint.
+        Raises InvalidRequest where finding out exceeds the limits on effort.
+        """
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        if self._matcher.is_error():
+            self._fail()
+        return bits
+
+    def _fail(self) -> None:
+        reason = (self._matcher.get_error().strip().splitlines() or ["unknown error"])[0]
+        raise InvalidRequest(f"the {self._constraint.kind} constraint cannot go on: {reason[:500]}")
+
+
+class ConstraintCompiler:
+    """Makes matchers for one model. Owned by one engine: its thread only."""
+
+    def __init__(self, tokenizer_json: str, vocab_size: int, eos_ids: frozenset[int]) -> None:
+        """`tokenizer_json` is a `tokenizers` file; `vocab_size` is the width of the logits.
+
+        Takes 10 µs per token of the vocabulary. What is wrong is said when a constraint comes.
+        """
+        self._compiled: OrderedDict[Constraint, LLMatcher] = OrderedDict()
+        self._refusal: InvalidRequest | None = None
+        self._tokenizer: LLTokenizer | None = None
+        try:
+            self._tokenizer = _make_tokenizer(tokenizer_json, vocab_size, eos_ids)
+        except InvalidRequest as error:
+            self._refusal = error
+        except ValueError as error:
+            self._refusal = InvalidRequest(f"this model's tokenizer cannot be constrained: {error}")
+
+    def matcher(self, constraint: Constraint) -> ConstraintMatcher:
+        """At the start of the text. Raises InvalidRequest where `constraint` cannot be compiled."""
+        if self._refusal is not None:
+            raise InvalidRequest(self._refusal.message)
+        compiled = self._compiled.get(constraint)
+        if compiled is None:
+            compiled = self._compiled[constraint] = self._compile(constraint)
+            while len(self._compiled) > _COMPILED:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(constraint)
+        return ConstraintMatcher(compiled.deep_copy(), constraint)
+
+    def _compile(self, constraint: Constraint) -> "LLMatcher":
+        matcher: LLMatcher = load_llguidance().LLMatcher(
+            self._tokenizer, grammar_of(constraint), log_level=0, limits=parser_limits()
+        )
+        if matcher.is_error():
+            refuse(constraint, matcher.get_error())
+        return matcher
+
+
+def _make_tokenizer(tokenizer_json: str, vocab_size: int, eos_ids: frozenset[int]) -> "LLTokenizer":
+    """Raises InvalidRequest without llguidance, ValueError for a tokenizer that it does not know."""
+    import tokenizers
+
+    backend = tokenizers.Tokenizer.from_str(tokenizer_json)
+    known = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+    ends = sorted(token for token in eos_ids if token < known)
+    tokenizer: LLTokenizer = load_llguidance().LLTokenizer(
+        tokenizer_json, n_vocab=max(vocab_size, known), eos_token=ends or None
+    )
+    return tokenizer
