@@ -4,6 +4,8 @@
     ├── InvalidRequest          the caller must change the request
     │   ├── ContextTooLong      it can never fit: context, prefill pool or decode pool
     │   └── UnknownModel
+    ├── Unauthenticated         no token, or not one of this cluster's
+    ├── PermissionDenied        known, but not allowed to do this
     ├── Overloaded              shed at the door; retry after `retry_after_s`
     ├── DeadlineExceeded
     ├── Cancelled
@@ -31,10 +33,12 @@ class GrpcCode(IntEnum):
     INVALID_ARGUMENT = 3
     DEADLINE_EXCEEDED = 4
     NOT_FOUND = 5
+    PERMISSION_DENIED = 7
     RESOURCE_EXHAUSTED = 8
     FAILED_PRECONDITION = 9
     INTERNAL = 13
     UNAVAILABLE = 14
+    UNAUTHENTICATED = 16
 
 
 class PdserveError(Exception):
@@ -66,6 +70,20 @@ class UnknownModel(InvalidRequest):
 
     grpc_code = GrpcCode.NOT_FOUND
     http_status = 404
+
+
+class Unauthenticated(PdserveError):
+    """Nobody knows who asks: there is no token, or a wrong one. The message never repeats it."""
+
+    grpc_code = GrpcCode.UNAUTHENTICATED
+    http_status = 401
+
+
+class PermissionDenied(PdserveError):
+    """The caller is known, and may not do this."""
+
+    grpc_code = GrpcCode.PERMISSION_DENIED
+    http_status = 403
 
 
 class Overloaded(PdserveError):
@@ -137,8 +155,10 @@ def from_wire(code: int, message: str, retry_after_s: float | None = None) -> Pd
         GrpcCode.INVALID_ARGUMENT: InvalidRequest,
         GrpcCode.DEADLINE_EXCEEDED: DeadlineExceeded,
         GrpcCode.NOT_FOUND: UnknownModel,
+        GrpcCode.PERMISSION_DENIED: PermissionDenied,
         GrpcCode.RESOURCE_EXHAUSTED: Overloaded,
         GrpcCode.FAILED_PRECONDITION: ConfigError,
         GrpcCode.UNAVAILABLE: Unavailable,
+        GrpcCode.UNAUTHENTICATED: Unauthenticated,
     }
     return kinds.get(code, InternalError)(message, retry_after_s=retry_after_s)

@@ -263,8 +263,20 @@ class BlockCounts(_message.Message):
     promised: int
     def __init__(self, total: _Optional[int] = ..., free: _Optional[int] = ..., held: _Optional[int] = ..., reserved: _Optional[int] = ..., cached: _Optional[int] = ..., loading: _Optional[int] = ..., quarantined: _Optional[int] = ..., promised: _Optional[int] = ...) -> None: ...
 
+class TransportUse(_message.Message):
+    __slots__ = ("transport", "chunks", "bytes", "seconds")
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    transport: str
+    chunks: int
+    bytes: int
+    seconds: float
+    def __init__(self, transport: _Optional[str] = ..., chunks: _Optional[int] = ..., bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker", "incarnation", "role", "model", "endpoint", "pid", "draining", "role_weight", "blocks", "running", "waiting", "handoffs", "in_flight", "state")
+    __slots__ = ("worker", "incarnation", "role", "model", "endpoint", "pid", "draining", "role_weight", "blocks", "running", "waiting", "handoffs", "in_flight", "state", "uptime_s", "preemptions", "transports")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -279,6 +291,9 @@ class WorkerStatus(_message.Message):
     HANDOFFS_FIELD_NUMBER: _ClassVar[int]
     IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     worker: str
     incarnation: str
     role: str
@@ -293,18 +308,37 @@ class WorkerStatus(_message.Message):
     handoffs: int
     in_flight: int
     state: str
-    def __init__(self, worker: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., endpoint: _Optional[str] = ..., pid: _Optional[int] = ..., draining: _Optional[bool] = ..., role_weight: _Optional[float] = ..., blocks: _Optional[_Union[BlockCounts, _Mapping]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., handoffs: _Optional[int] = ..., in_flight: _Optional[int] = ..., state: _Optional[str] = ...) -> None: ...
+    uptime_s: float
+    preemptions: int
+    transports: _containers.RepeatedCompositeFieldContainer[TransportUse]
+    def __init__(self, worker: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., endpoint: _Optional[str] = ..., pid: _Optional[int] = ..., draining: _Optional[bool] = ..., role_weight: _Optional[float] = ..., blocks: _Optional[_Union[BlockCounts, _Mapping]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., handoffs: _Optional[int] = ..., in_flight: _Optional[int] = ..., state: _Optional[str] = ..., uptime_s: _Optional[float] = ..., preemptions: _Optional[int] = ..., transports: _Optional[_Iterable[_Union[TransportUse, _Mapping]]] = ...) -> None: ...
+
+class IndexUse(_message.Message):
+    __slots__ = ("lookups", "unanswered", "seconds", "asked_blocks", "found_blocks")
+    LOOKUPS_FIELD_NUMBER: _ClassVar[int]
+    UNANSWERED_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    ASKED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    FOUND_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    lookups: int
+    unanswered: int
+    seconds: float
+    asked_blocks: int
+    found_blocks: int
+    def __init__(self, lookups: _Optional[int] = ..., unanswered: _Optional[int] = ..., seconds: _Optional[float] = ..., asked_blocks: _Optional[int] = ..., found_blocks: _Optional[int] = ...) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("workers", "index", "index_available", "requests_in_flight", "admin")
+    __slots__ = ("workers", "index", "index_available", "requests_in_flight", "admin", "index_use")
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     INDEX_AVAILABLE_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     ADMIN_FIELD_NUMBER: _ClassVar[int]
+    INDEX_USE_FIELD_NUMBER: _ClassVar[int]
     workers: _containers.RepeatedCompositeFieldContainer[WorkerStatus]
     index: str
     index_available: bool
     requests_in_flight: int
     admin: str
-    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., index: _Optional[str] = ..., index_available: _Optional[bool] = ..., requests_in_flight: _Optional[int] = ..., admin: _Optional[str] = ...) -> None: ...
+    index_use: IndexUse
+    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., index: _Optional[str] = ..., index_available: _Optional[bool] = ..., requests_in_flight: _Optional[int] = ..., admin: _Optional[str] = ..., index_use: _Optional[_Union[IndexUse, _Mapping]] = ...) -> None: ...

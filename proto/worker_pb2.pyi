@@ -160,7 +160,7 @@ class WorkerHeartbeat(_message.Message):
     def __init__(self, progress: _Optional[int] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
-    __slots__ = ("queued_prefill_tokens", "running", "waiting", "context_tokens", "blocks", "draining", "role_weight", "perf_model", "handoffs", "in_flight")
+    __slots__ = ("queued_prefill_tokens", "running", "waiting", "context_tokens", "blocks", "draining", "role_weight", "perf_model", "handoffs", "in_flight", "uptime_s", "preemptions", "transports")
     class PerfModelEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -178,6 +178,9 @@ class WorkerLoad(_message.Message):
     PERF_MODEL_FIELD_NUMBER: _ClassVar[int]
     HANDOFFS_FIELD_NUMBER: _ClassVar[int]
     IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     queued_prefill_tokens: int
     running: int
     waiting: int
@@ -188,7 +191,10 @@ class WorkerLoad(_message.Message):
     perf_model: _containers.ScalarMap[str, float]
     handoffs: int
     in_flight: int
-    def __init__(self, queued_prefill_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., context_tokens: _Optional[int] = ..., blocks: _Optional[_Union[_inference_pb2.BlockCounts, _Mapping]] = ..., draining: _Optional[bool] = ..., role_weight: _Optional[float] = ..., perf_model: _Optional[_Mapping[str, float]] = ..., handoffs: _Optional[int] = ..., in_flight: _Optional[int] = ...) -> None: ...
+    uptime_s: float
+    preemptions: int
+    transports: _containers.RepeatedCompositeFieldContainer[_inference_pb2.TransportUse]
+    def __init__(self, queued_prefill_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., context_tokens: _Optional[int] = ..., blocks: _Optional[_Union[_inference_pb2.BlockCounts, _Mapping]] = ..., draining: _Optional[bool] = ..., role_weight: _Optional[float] = ..., perf_model: _Optional[_Mapping[str, float]] = ..., handoffs: _Optional[int] = ..., in_flight: _Optional[int] = ..., uptime_s: _Optional[float] = ..., preemptions: _Optional[int] = ..., transports: _Optional[_Iterable[_Union[_inference_pb2.TransportUse, _Mapping]]] = ...) -> None: ...
 
 class InspectRequest(_message.Message):
     __slots__ = ()

@@ -43,16 +43,6 @@ class IndexStats:
     """Of those, blocks that the best holder had."""
     gaps: int = 0
 
-    def summary(self) -> str:
-        """What a status page says in a few words."""
-        locate = self.locate
-        mean_ms = 1e3 * locate.seconds / locate.answered if locate.answered else 0.0
-        found = 100 * self.found_blocks / self.asked_blocks if self.asked_blocks else 0.0
-        return (
-            f"{locate.answered} lookups in {mean_ms:.1f} ms on average, {locate.unavailable} unanswered, "
-            f"{found:.0f} % of prompt blocks found"
-        )
-
 
 class MeteredIndex:
     """LocationIndex that counts and times another one. `stats` is live: read it on the same event loop."""

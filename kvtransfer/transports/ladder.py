@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from pdserve.core.errors import ConfigError, Unavailable
+from pdserve.core.security.tls import SocketTls
 from pdserve.core.types import Incarnation, WorkerId
 from pdserve.kvtransfer.pool.storage import KvStorage
 from pdserve.kvtransfer.transports.base import TRANSPORT_LADDER, Exporter, Importer, Offer
@@ -38,12 +39,18 @@ def choose(offers: Sequence[Offer], allowed: Sequence[str], storage: KvStorage) 
     return None
 
 
-def make_importer(offer: Offer, storage: KvStorage, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Importer:
+def make_importer(
+    offer: Offer,
+    storage: KvStorage,
+    *,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    tls: SocketTls | None = None,
+) -> Importer:
     """D's half for an offer. Raises Unavailable where it cannot be made (any more)."""
     if offer.transport == "shm":
         return ShmImporter(storage, offer, timeout_s=timeout_s)
     if offer.transport == "tcp":
-        return TcpImporter(storage, offer, timeout_s=timeout_s)
+        return TcpImporter(storage, offer, timeout_s=timeout_s, tls=None if tls is None else tls.client)
     raise Unavailable(f"no transport {offer.transport!r} here; choose from {list(TRANSPORT_LADDER)}")
 
 
@@ -54,17 +61,20 @@ def make_exporters(
     host: str = "127.0.0.1",
     advertise: str | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
+    tls: SocketTls | None = None,
 ) -> tuple[Exporter, ...]:
     """P's halves of all allowed rungs that `storage` can serve, best first, not started yet.
 
-    `host` is where tcp listens, `advertise` the address that readers use, where it is another.
+    `host` is where tcp listens, `advertise` the address that readers use, where it is another; with `tls` it
+    is encrypted and both ends show certificates.
     """
+    server = None if tls is None else tls.server
     exporters: list[Exporter] = []
     for rung in ordered(allowed):
         if rung == "shm" and storage.fd is not None:
             exporters.append(ShmExporter(storage))
         elif rung == "tcp":
-            exporters.append(TcpExporter(storage, host, advertise=advertise, timeout_s=timeout_s))
+            exporters.append(TcpExporter(storage, host, advertise=advertise, timeout_s=timeout_s, tls=server))
     return tuple(exporters)
 
 
@@ -84,11 +94,13 @@ class ImporterCache:
         *,
         capacity: int = 64,
         timeout_s: float = DEFAULT_TIMEOUT_S,
+        tls: SocketTls | None = None,
     ) -> None:
         self._storage = storage
         self._allowed = ordered(allowed)
         self._capacity = capacity
         self._timeout_s = timeout_s
+        self._tls = tls
         self._importers: OrderedDict[_Pair, Importer] = OrderedDict()
 
     async def get(
@@ -114,14 +126,14 @@ class ImporterCache:
                 offer.transport,
                 self._allowed[0],
             )
-        importer = make_importer(offer, self._storage, timeout_s=self._timeout_s)
+        importer = make_importer(offer, self._storage, timeout_s=self._timeout_s, tls=self._tls)
         self._importers[worker, incarnation, offer.transport] = importer
         await self._close_surplus(worker, incarnation)
         return importer
 
-    async def drop(self, worker: WorkerId) -> None:
-        """Close everything that leads to a worker."""
-        await self._close([pair for pair in self._importers if pair[0] == worker])
+    async def drop(self, worker: WorkerId, incarnation: Incarnation) -> None:
+        """Close everything that leads to this incarnation; with shm, its memory is let go of."""
+        await self._close([pair for pair in self._importers if pair[:2] == (worker, incarnation)])
 
     async def close(self) -> None:
         await self._close(list(self._importers))

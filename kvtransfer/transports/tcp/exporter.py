@@ -6,6 +6,7 @@ import hmac
 import logging
 import secrets
 import socket
+import ssl
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from pdserve.core.types import HandoffId
 from pdserve.kvtransfer.pool.storage import KvStorage
 from pdserve.kvtransfer.transports.base import Failed, Grant, Offer, SourceDone
 from pdserve.kvtransfer.transports.copying import CopyThread, refusal, stale
+from pdserve.kvtransfer.transports.tcp.stream import Stream, accepted
 from pdserve.kvtransfer.transports.tcp.wire import (
     FRAME_BYTES,
     HELLO_BYTES,
@@ -26,9 +28,9 @@ from pdserve.kvtransfer.transports.tcp.wire import (
     FrameHeader,
     Hello,
     Welcome,
+    peer_of,
     receive_claim,
     receive_exactly,
-    sever,
     tune,
 )
 
@@ -47,8 +49,8 @@ class _Key(NamedTuple):
 class _Reader:
     """One connected importer. Its staging memory and its sending side belong to who holds `lock`."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
         self.lock = asyncio.Lock()
         self.lost = False
         self._staging = np.empty(0, np.uint8)
@@ -67,17 +69,17 @@ class _Reader:
         try:
             if self.lost:
                 raise ConnectionError("the reader left")
-            await asyncio.get_running_loop().sock_sendall(self._sock, self._staging[:size].data)
+            await self._stream.send(self._staging[:size].data)
         except BaseException:
             self.sever()
             raise
 
     async def receive(self) -> Claim:
-        return await receive_claim(self._sock)
+        return await receive_claim(self._stream)
 
     def sever(self) -> None:
         self.lost = True
-        sever(self._sock)
+        self._stream.sever()
 
     async def close(self) -> None:
         self.sever()
@@ -85,7 +87,7 @@ class _Reader:
             async with self.lock:
                 pass  # a sender notices by its error that the connection is gone, and lets go
         finally:
-            self._sock.close()
+            self._stream.close()
 
 
 @dataclass(slots=True)
@@ -119,8 +121,11 @@ class TcpExporter:
         port: int = 0,
         advertise: str | None = None,
         timeout_s: float = 10.0,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         """`host`, `port` (0: any) to listen on; `advertise`, where that is no address for readers.
+
+        With `tls`, readers must show a certificate that it accepts.
 
         `timeout_s` bounds each serve, each claim's wait for its grant and each handshake.
         """
@@ -128,6 +133,7 @@ class TcpExporter:
         self._address = (host, port)
         self._advertise = advertise or host
         self._timeout_s = timeout_s
+        self._tls = tls
         self._token = secrets.token_bytes(TOKEN_BYTES)
         self._listener: socket.socket | None = None
         self._copier = CopyThread("kv-tcp-out")
@@ -230,12 +236,21 @@ class TcpExporter:
 
     async def _attend(self, sock: socket.socket) -> None:
         """One reader, from its hello to its end."""
-        reader = _Reader(sock)
-        self._readers.add(reader)
         try:
             tune(sock, self._timeout_s)
             async with asyncio.timeout(self._timeout_s):
-                await self._greet(sock)
+                stream = await accepted(sock, self._tls)
+                await self._greet(stream)
+        except OSError as error:
+            _log.warning("kv transfer: a reader at %s is refused: %s", peer_of(sock), error)
+            sock.close()
+            return
+        except BaseException:
+            sock.close()
+            raise
+        reader = _Reader(stream)
+        self._readers.add(reader)
+        try:
             while True:
                 self._claimed(_Arrival(reader, await reader.receive()))
         except OSError as error:
@@ -244,12 +259,12 @@ class TcpExporter:
             self._readers.discard(reader)
             await reader.close()
 
-    async def _greet(self, sock: socket.socket) -> None:
+    async def _greet(self, stream: Stream) -> None:
         data = bytearray(HELLO_BYTES)
-        await receive_exactly(sock, memoryview(data))
-        accepted = hmac.compare_digest(Hello.unpack(data).token, self._token)
-        await asyncio.get_running_loop().sock_sendall(sock, Welcome(accepted).pack())
-        if not accepted:
+        await receive_exactly(stream, memoryview(data))
+        known = hmac.compare_digest(Hello.unpack(data).token, self._token)
+        await stream.send(Welcome(known).pack())
+        if not known:
             raise ConnectionError("its token is not this exporter's")
 
     # Grants and claims

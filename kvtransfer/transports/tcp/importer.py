@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import secrets
 import socket
+import ssl
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from pdserve.core.errors import Unavailable
 from pdserve.kvtransfer.pool.storage import KvStorage
 from pdserve.kvtransfer.transports.base import Failed, Grant, Landed, Offer
 from pdserve.kvtransfer.transports.copying import CopyThread, refusal, settle
+from pdserve.kvtransfer.transports.tcp.stream import Stream, connected
 from pdserve.kvtransfer.transports.tcp.wire import (
     FRAME_BYTES,
     MAX_REASON_BYTES,
@@ -25,7 +27,6 @@ from pdserve.kvtransfer.transports.tcp.wire import (
     Welcome,
     WireError,
     receive_exactly,
-    sever,
     tune,
 )
 
@@ -43,8 +44,8 @@ class _Pending:
 class _Connection:
     """A socket whose handshake is done, its reading task, and what waits for frames on it."""
 
-    def __init__(self, sock: socket.socket, storage: KvStorage, copier: CopyThread) -> None:
-        self._sock = sock
+    def __init__(self, stream: Stream, storage: KvStorage, copier: CopyThread) -> None:
+        self._stream = stream
         self._storage = storage
         self._copier = copier
         self._tags = itertools.count(1)
@@ -64,7 +65,7 @@ class _Connection:
             pending = _Pending(grant, asyncio.get_running_loop().create_future())
             self._pending[tag] = pending
             try:
-                await asyncio.get_running_loop().sock_sendall(self._sock, data)
+                await self._stream.send(data)
             except BaseException:
                 # Half a claim may be out: nothing sensible can follow it on this socket.
                 pending.abandoned = True
@@ -80,7 +81,7 @@ class _Connection:
 
     def sever(self, reason: str) -> None:
         self.lost = self.lost or reason
-        sever(self._sock)
+        self._stream.sever()
 
     async def close(self, reason: str) -> None:
         """Outstanding claims fail with `reason`; copies that run are waited for."""
@@ -102,11 +103,11 @@ class _Connection:
                     pending.outcome.set_result(self.lost)
             self._pending.clear()
             async with self._send_lock:
-                self._sock.close()
+                self._stream.close()
 
     async def _read_frame(self) -> None:
         head = bytearray(FRAME_BYTES)
-        await receive_exactly(self._sock, memoryview(head))
+        await receive_exactly(self._stream, memoryview(head))
         header = FrameHeader.unpack(head)
         pending = self._pending.get(header.tag)
         if pending is None or (header.epoch, header.seq) != (pending.grant.epoch, pending.grant.seq):
@@ -118,7 +119,7 @@ class _Connection:
         if self._staging.size < header.num_bytes:
             self._staging = np.empty(header.num_bytes, np.uint8)
         staged = self._staging[: header.num_bytes]
-        await receive_exactly(self._sock, staged.data)
+        await receive_exactly(self._stream, staged.data)
         reason: str | None = None
         if header.failed:
             reason = staged.tobytes().decode(errors="replace") or "the source failed"
@@ -140,9 +141,18 @@ class TcpImporter:
     transport = "tcp"
 
     def __init__(
-        self, storage: KvStorage, offer: Offer, *, timeout_s: float = 10.0, clock: Clock | None = None
+        self,
+        storage: KvStorage,
+        offer: Offer,
+        *,
+        timeout_s: float = 10.0,
+        clock: Clock | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
-        """`timeout_s` bounds a whole fetch. Raises Unavailable for an offer that cannot be understood."""
+        """`timeout_s` bounds a whole fetch. With `tls`, the exporter must show a certificate that it accepts.
+
+        Raises Unavailable for an offer that cannot be understood.
+        """
         parameters = offer.parameters
         try:
             self._address = (parameters["host"], int(parameters["port"]))
@@ -154,6 +164,7 @@ class TcpImporter:
             raise Unavailable("the offered pool has another block layout; use a transport that converts")
         self._storage = storage
         self._timeout_s = timeout_s
+        self._tls = tls
         self._clock = clock or MonotonicClock()
         self._reader = secrets.token_bytes(TOKEN_BYTES)
         self._copier = CopyThread("kv-tcp-in")
@@ -216,8 +227,8 @@ class TcpImporter:
         async with asyncio.timeout(self._timeout_s):
             return _Connection(await self._connect(), self._storage, self._copier)
 
-    async def _connect(self) -> socket.socket:
-        """A connected socket that the exporter has welcomed."""
+    async def _connect(self) -> Stream:
+        """A connection that the exporter has welcomed."""
         loop = asyncio.get_running_loop()
         host, port = self._address
         family, kind, protocol, _, address = (await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))[0]
@@ -226,13 +237,14 @@ class TcpImporter:
             stack.callback(sock.close)
             tune(sock, self._timeout_s)
             await loop.sock_connect(sock, address)
-            await loop.sock_sendall(sock, Hello(self._token, self._reader).pack())
+            stream = await connected(sock, self._tls)
+            await stream.send(Hello(self._token, self._reader).pack())
             data = bytearray(WELCOME_BYTES)
-            await receive_exactly(sock, memoryview(data))
+            await receive_exactly(stream, memoryview(data))
             if not Welcome.unpack(data).accepted:
                 raise ConnectionError("the source refused this reader's token")
             stack.pop_all()
-        return sock
+        return stream
 
 
 def _is_over(opening: "asyncio.Task[_Connection]") -> bool:

@@ -10,12 +10,12 @@ A tag is the reader's number for one claim on one connection; P repeats it. P se
 that meets a grant which came over the handoff stream.
 """
 
-import asyncio
 import socket
 import struct
 from typing import NamedTuple
 
 from pdserve.core.types import HandoffId
+from pdserve.kvtransfer.transports.tcp.stream import Stream
 
 VERSION = 1
 TOKEN_BYTES = 16
@@ -94,26 +94,25 @@ class FrameHeader(NamedTuple):
         return cls(tag, epoch, seq, status == 1, num_bytes)
 
 
-async def receive_claim(sock: socket.socket) -> Claim:
-    """The next claim on `sock`; ConnectionError when there is none any more."""
+async def receive_claim(stream: Stream) -> Claim:
+    """The next claim on `stream`; ConnectionError when there is none any more."""
     head = bytearray(CLAIM_BYTES)
-    await receive_exactly(sock, memoryview(head))
+    await receive_exactly(stream, memoryview(head))
     magic, tag, epoch, seq, size = _CLAIM.unpack(head)
     if magic != b"PDKC" or size > MAX_HANDOFF_BYTES:
         raise WireError(f"expected a claim, got {bytes(head[:8])!r}")
     handoff = bytearray(size)
-    await receive_exactly(sock, memoryview(handoff))
+    await receive_exactly(stream, memoryview(handoff))
     try:
         return Claim(tag, HandoffId(handoff.decode()), epoch, seq)
     except UnicodeDecodeError as error:
         raise WireError(f"a handoff id is no UTF-8: {error}") from error
 
 
-async def receive_exactly(sock: socket.socket, view: memoryview) -> None:
-    """Fill `view` from `sock`; ConnectionError where the peer ends before that."""
-    loop = asyncio.get_running_loop()
+async def receive_exactly(stream: Stream, view: memoryview) -> None:
+    """Fill `view` from `stream`; ConnectionError where the peer ends before that."""
     while len(view):
-        received = await loop.sock_recv_into(sock, view)
+        received = await stream.receive(view)
         if not received:
             raise ConnectionError("the peer closed the connection")
         view = view[received:]
@@ -131,9 +130,10 @@ def tune(sock: socket.socket, timeout_s: float) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, int(timeout_s * 1000)))
 
 
-def sever(sock: socket.socket) -> None:
-    """End both directions: whoever waits on `sock` wakes with an error. Its owner closes it afterwards."""
+def peer_of(sock: socket.socket) -> str:
+    """host:port of the other end, for messages."""
     try:
-        sock.shutdown(socket.SHUT_RDWR)
+        host, port = sock.getpeername()[:2]
     except OSError:
-        return  # never connected, or the peer was faster
+        return "an address that is gone"
+    return f"{host}:{port}"

@@ -122,7 +122,9 @@ async def test_one_importer_serves_a_pair_until_its_incarnation_changes(
     assert second is not None
     assert second is not first
     assert isinstance(await first.fetch(grant), Failed)
-    await cache.drop(P)
+    await cache.drop(P, FIRST)  # old news: the second one stays
+    assert isinstance(await second.fetch(grant), Landed)
+    await cache.drop(P, SECOND)
     assert isinstance(await second.fetch(grant), Failed)
 
 
