@@ -3,10 +3,13 @@
 from pdserve.client.async_client import AsyncClient
 from pdserve.client.async_stream import AsyncChunkStream
 from pdserve.client.errors import StreamLost
+from pdserve.client.request import RequestOptions
 from pdserve.client.retry import RetryPolicy
+from pdserve.client.security import Tls
 from pdserve.client.sync_client import ChunkStream, Client
 from pdserve.client.values import (
     ChatMessage,
+    Choice,
     Chunk,
     ClusterStatus,
     ModelInfo,
@@ -20,15 +23,18 @@ __all__ = [
     "AsyncChunkStream",
     "AsyncClient",
     "ChatMessage",
+    "Choice",
     "Chunk",
     "ChunkStream",
     "Client",
     "ClusterStatus",
     "ModelInfo",
     "Partial",
+    "RequestOptions",
     "Result",
     "RetryPolicy",
     "Route",
     "StreamLost",
+    "Tls",
     "WorkerStatus",
 ]

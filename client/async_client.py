@@ -11,14 +11,16 @@ import grpc
 from pdserve.client import convert
 from pdserve.client.async_stream import AsyncChunkStream
 from pdserve.client.channel import CHANNEL_OPTIONS
-from pdserve.client.convert import Messages, Prompt, RequestOptions
 from pdserve.client.errors import from_rpc_error
+from pdserve.client.request import Messages, Prompt, RequestOptions, generate_request, tokenize_request
 from pdserve.client.retry import RetryPolicy
+from pdserve.client.security import Tls, check_token, load_tls
 from pdserve.client.transcript import Transcript
 from pdserve.client.values import ClusterStatus, ModelInfo, Result
 from pdserve.core.clock import Clock, MonotonicClock
 from pdserve.core.errors import DeadlineExceeded, InvalidRequest
 from pdserve.proto import inference_pb2 as pb
+from pdserve.proto.connections import connect
 from pdserve.proto.inference_pb2_grpc import InferenceStub
 
 if TYPE_CHECKING:
@@ -37,6 +39,10 @@ class AsyncClient:
         timeout: seconds for a whole call, retries included, where the call gives none; None waits for ever.
         retry: how calls that nobody took are tried again.
         clock: what times to first token are read on.
+        tls: PEM files for an encrypted connection; True trusts the system's authorities, False is plain text.
+        token: the bearer token that the cluster asks for. Without `tls` it travels in plain text.
+
+    Raises ConfigError for PEM files that are missing or wrong.
     """
 
     def __init__(
@@ -46,8 +52,12 @@ class AsyncClient:
         timeout: float | None = None,
         retry: RetryPolicy | None = None,
         clock: Clock | None = None,
+        tls: Tls | bool = False,
+        token: str | None = None,
     ) -> None:
         self._target = target
+        self._tls = load_tls(tls)
+        self._token = check_token(token)
         self._timeout = timeout
         self._retry = retry or RetryPolicy()
         self._clock = clock or MonotonicClock()
@@ -103,8 +113,8 @@ class AsyncClient:
             prompt: the text to go on from. Exactly one of it, `messages` and `token_ids` is given.
             stream: return the chunks as they come instead of the whole.
             timeout: seconds for the whole call, retries included; None takes the client's.
-            options: messages, token_ids, model, max_tokens, temperature, top_p, top_k, seed, ignore_eos,
-                request_id; see RequestOptions.
+            options: what to complete instead of `prompt`, how tokens are chosen, when to stop, what the text
+                must be; see RequestOptions.
 
         Raises:
             InvalidRequest: the request must change; UnknownModel where it names a model that nobody serves.
@@ -120,10 +130,10 @@ class AsyncClient:
         self, prompt: str | None, called_at: float, timeout: float | None, options: RequestOptions
     ) -> AsyncChunkStream:
         """What `generate` does, with the moment of the caller's call (seconds on this client's clock)."""
-        request = convert.generate_request(prompt, **options)
+        request = generate_request(prompt, **options)
         return AsyncChunkStream(
             lambda left: self._stub().Generate(request, timeout=left),
-            transcript=Transcript(called_at, options.get("request_id")),
+            transcript=Transcript(called_at, options.get("request_id"), options.get("n") or 1),
             deadline=self._deadline(called_at, timeout),
             policy=self._retry,
             clock=self._clock,
@@ -138,7 +148,7 @@ class AsyncClient:
         timeout: float | None = None,
     ) -> tuple[int, ...]:
         """The token ids of a text, or of a chat after the model's template."""
-        request = convert.tokenize_request(Prompt(prompt, messages, None), model)
+        request = tokenize_request(Prompt(prompt, messages, None), model)
         response = await self._unary(lambda left: self._stub().Tokenize(request, timeout=left), timeout)
         return tuple(response.token_ids)
 
@@ -161,7 +171,7 @@ class AsyncClient:
         if self._closed:
             raise InvalidRequest(f"this client of {self._target} is closed: make a new one")
         if self._channel is None:
-            self._channel = grpc.aio.insecure_channel(self._target, options=CHANNEL_OPTIONS)
+            self._channel = connect(self._target, CHANNEL_OPTIONS, self._tls, self._token)
         return InferenceStub(self._channel)
 
     def _deadline(self, called_at: float, timeout: float | None) -> float | None:

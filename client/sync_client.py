@@ -6,9 +6,10 @@ from typing import Literal, Self, Unpack, overload
 
 from pdserve.client.async_client import AsyncClient
 from pdserve.client.async_stream import AsyncChunkStream
-from pdserve.client.convert import Messages, RequestOptions
 from pdserve.client.loop_thread import LoopThread
+from pdserve.client.request import Messages, RequestOptions
 from pdserve.client.retry import RetryPolicy
+from pdserve.client.security import Tls
 from pdserve.client.values import Chunk, ClusterStatus, ModelInfo, Partial, Result
 from pdserve.core.clock import Clock, MonotonicClock
 
@@ -68,6 +69,7 @@ class Client:
         timeout: seconds for a whole call, retries included, where the call gives none; None waits for ever.
         retry: how calls that nobody took are tried again.
         clock: what times to first token are read on.
+        tls, token: as AsyncClient's.
     """
 
     def __init__(
@@ -77,9 +79,13 @@ class Client:
         timeout: float | None = None,
         retry: RetryPolicy | None = None,
         clock: Clock | None = None,
+        tls: Tls | bool = False,
+        token: str | None = None,
     ) -> None:
         self._clock = clock or MonotonicClock()
-        self._client = AsyncClient(target, timeout=timeout, retry=retry, clock=self._clock)
+        self._client = AsyncClient(
+            target, timeout=timeout, retry=retry, clock=self._clock, tls=tls, token=token
+        )
         self._thread = LoopThread(f"pdserve-client {target}")
 
     def __enter__(self) -> Self:

@@ -1,18 +1,24 @@
 """What the client takes and gives: frozen values, free of protobuf."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from pdserve.core.lifecycle import Ledger
-from pdserve.core.types import FinishReason, RequestId, Usage
+from pdserve.core.types import FinishReason, RequestId, TokenLogprobs, Usage
 
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
-    """One turn of a chat. `role` is system, user or assistant, as the model's template knows them."""
+    """One turn of a chat. `role` is system, user, assistant or tool, as the model's template knows them."""
 
     role: str
-    content: str
+    content: str = ""
+    name: str = ""
+    tool_call_id: str = ""
+    """Of a `tool` message: the call that it answers."""
+    tool_calls: Sequence[Mapping[str, Any]] = ()
+    """Of an `assistant` message: OpenAI tool calls, arguments as JSON text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +43,33 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One piece of a streamed completion."""
+    """One piece of one choice of a streamed completion."""
 
     request_id: RequestId
+    choice: int
+    """From 0 to n - 1; the pieces of all choices come mixed, those of one in order."""
     text: str
     """May be empty: text whose meaning later tokens decide is held back."""
     token_ids: tuple[int, ...]
     first_index: int
-    """Index of `token_ids[0]` among the completion's tokens."""
+    """Index of `token_ids[0]` among the choice's tokens."""
     finish_reason: FinishReason | None
-    """None until the last chunk."""
+    """None until the choice's last chunk."""
+    logprobs: tuple[TokenLogprobs, ...]
+    """One per token id where they were asked for, else none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One of the n completions of a request."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None
+    """None in a Partial, where the choice has not ended."""
+    logprobs: tuple[TokenLogprobs, ...]
+    """One per token id where they were asked for, else none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +78,9 @@ class Partial:
 
     request_id: RequestId
     text: str
+    """This and `token_ids` are those of choice 0."""
     token_ids: tuple[int, ...]
+    choices: tuple[Choice, ...]
     ledger: Ledger
     """Parts in seconds; they sum to `ttft_s`. All zero before the first chunk."""
     route: Route
@@ -71,16 +96,20 @@ class Result:
 
     request_id: RequestId
     text: str
+    """This, `token_ids` and `finish_reason` are those of choice 0."""
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
+    choices: tuple[Choice, ...]
+    """All n of them, in order of index."""
     usage: Usage
+    """`completion_tokens` sums over all choices."""
     ledger: Ledger
     """Parts in seconds; they sum to `ttft_s`, what no event explains being `network`."""
     route: Route
     ttft_s: float
     """Call to first chunk, seconds, attempts that failed included."""
     duration_s: float
-    """Call to last chunk, seconds."""
+    """Call to last chunk of all, seconds."""
     attempts: int
     """Calls made for it: 1 + retries."""
 
@@ -114,6 +143,31 @@ class BlockCounts:
 
 
 @dataclass(frozen=True, slots=True)
+class TransportUse:
+    """What one worker has fetched over one transport since it started."""
+
+    transport: str
+    chunks: int
+    bytes: int
+    seconds: float
+    """Time in copies, summed; copies may overlap."""
+
+
+@dataclass(frozen=True, slots=True)
+class IndexUse:
+    """What a router has asked of the block index since it started."""
+
+    lookups: int
+    unanswered: int
+    """Lookups without an answer in time: the ring alone placed."""
+    seconds: float
+    """Time of the answered lookups, summed."""
+    asked_blocks: int
+    found_blocks: int
+    """Of the asked ones, those that the best holder had."""
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerStatus:
     """A worker as its router sees it."""
 
@@ -133,6 +187,9 @@ class WorkerStatus:
     in_flight: int
     state: str
     """ready, draining or suspect."""
+    uptime_s: float = 0.0
+    preemptions: int = 0
+    transports: tuple[TransportUse, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +202,8 @@ class ClusterStatus:
     requests_in_flight: int
     admin: str
     """host:port of the membership service; empty when nobody supervises."""
+    index_use: IndexUse | None = None
+    """None where the router does not meter its index."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

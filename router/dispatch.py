@@ -159,7 +159,7 @@ class Dispatcher:
         del message.candidates[:]
         for worker in placement.prefill:
             message.candidates.append(wire.candidate(self._pool.session(worker).record))
-        stream = TokenStream(self._buffer_tokens)
+        stream = TokenStream(self._buffer_tokens, job.sampling.n)
         booking = Booking(
             decode=placement.decode,
             blocks=job.promise_blocks,
@@ -178,12 +178,14 @@ class Dispatcher:
     ) -> AsyncGenerator[inference_pb2.GenerateChunk, None]:
         item = first
         parts: wire.Timings | None = timings
+        running = job.sampling.n
         while True:
             if item.HasField("failure"):
                 raise from_failure(item.failure)
             self._bookings.settle_prefill(job.request)
             yield wire.chunk(item, parts)
-            if item.finish_reason:
+            running -= bool(item.finish_reason)
+            if not running:
                 return
             parts = None
             following = await self._next(job, stream)

@@ -2,21 +2,29 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 from pdserve.core.clock import Clock
+from pdserve.core.constraint_check import check_constraint
 from pdserve.core.errors import InvalidRequest, Unavailable
-from pdserve.core.request_limits import check_sampling, check_tokens, promise_blocks
+from pdserve.core.request_limits import (
+    check_sampling,
+    check_sampling_tokens,
+    check_tokens,
+    promise_blocks,
+)
 from pdserve.core.text.chat_template import ChatMessage
-from pdserve.core.types import RequestId
+from pdserve.core.types import RequestId, SamplingParams
 from pdserve.core.worker_record import WorkerRecord
+from pdserve.kvtransfer.index.metered import IndexStats
 from pdserve.proto import inference_pb2
 from pdserve.proto.sampling import decode
 from pdserve.router import validation, wire
+from pdserve.router.constraint_checks import ConstraintChecks
 from pdserve.router.dispatch import Dispatcher, Job
 from pdserve.router.gate import AdmissionGate
 from pdserve.router.pools import any_per_model, pool_of
@@ -36,6 +44,8 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def encode_chat(self, messages: Sequence[ChatMessage], tools_json: str = "") -> list[int]: ...
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +67,7 @@ class Intake:
         dispatcher: Dispatcher,
         pool: SessionPool,
         *,
-        describe_index: Callable[[], str],
+        index_stats: IndexStats | None,
         admin_endpoint: str,
         clock: Clock,
     ) -> None:
@@ -65,9 +75,10 @@ class Intake:
         self._gate = gate
         self._dispatcher = dispatcher
         self._pool = pool
-        self._describe_index = describe_index
+        self._index_stats = index_stats
         self._admin_endpoint = admin_endpoint
         self._clock = clock
+        self._constraints = ConstraintChecks(check_constraint)
 
     async def generate(
         self,
@@ -88,10 +99,14 @@ class Intake:
             raise InvalidRequest(f"request_id {request_id!r} is in use: choose another, or none")
         model = validation.check_model(request.model, self._known_models())
         prompt = validation.check_prompt(wire.prompt_of(request), self._door.max_prompt_bytes)
-        check_sampling(decode(request.sampling))
+        sampling, asked = decode(request.sampling), request.sampling.HasField("max_tokens")
+        check_sampling(sampling)
         async with self._gate.enter(request_id, deadline) as slot:
+            if sampling.constraint is not None:
+                await self._constraints.check(sampling.constraint)
             tokens = await self._tokenize(model, prompt)
-            job = self._job(request_id, request.sampling, model, tokens, arrived, deadline)
+            workers, bounded, promise = self._fit(model, tokens, sampling, asked)
+            job = Job(request_id, tuple(tokens), bounded, promise, workers, arrived, deadline)
             course = self._dispatcher.course(request_id, slot.release)
             on_end(course.close)
             try:
@@ -115,7 +130,8 @@ class Intake:
         """The cluster as this router sees it."""
         return inference_pb2.GetStatusResponse(
             workers=self._pool.statuses(),
-            index=self._describe_index(),
+            index="redis",
+            index_use=wire.index_use(self._index_stats),
             index_available=self._pool.membership_available,
             requests_in_flight=self._gate.admission.in_flight,
             admin=self._admin_endpoint,
@@ -125,24 +141,22 @@ class Intake:
         """At least one model has a worker that can own requests now."""
         return any(worker.decodes for worker in self._pool.view(self._pool.records()))
 
-    def _job(
-        self,
-        request: RequestId,
-        sampling: inference_pb2.Sampling,
-        model: str,
-        tokens: Sequence[int],
-        arrived: float,
-        deadline: float | None,
-    ) -> Job:
-        """Everything that can be checked once the tokens are known."""
+    def _fit(
+        self, model: str, tokens: Sequence[int], sampling: SamplingParams, asked: bool
+    ) -> tuple[tuple[WorkerRecord, ...], SamplingParams, int]:
+        """What can be checked once the tokens are known: (pool, bounded sampling, blocks to promise).
+
+        `asked`: max_tokens came from the client.
+        """
         workers = pool_of(self._pool.records(), model)
         limits = validation.Limits.of(workers)
         check_tokens(tokens, limits.vocab_size)
-        asked = sampling.HasField("max_tokens")
-        bounded = validation.bound_completion(decode(sampling), asked, len(tokens), limits)
-        promise = promise_blocks(len(tokens), bounded.max_tokens, self._door.headroom_tokens)
+        check_sampling_tokens(sampling, limits.vocab_size)
+        bounded = validation.bound_completion(sampling, asked, len(tokens), limits)
+        promise = promise_blocks(len(tokens), bounded.max_tokens, self._door.headroom_tokens, bounded.n)
+        validation.check_promise(promise, bounded.n, limits)
         validation.check_prefill(len(tokens), limits)
-        return Job(request, tuple(tokens), bounded, promise, workers, arrived, deadline)
+        return workers, bounded, promise
 
     def _known_models(self) -> set[str]:
         """Names that mean something here, whether or not a worker is there for them now."""

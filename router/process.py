@@ -30,6 +30,8 @@ class RouterSpec:
     """`index.redis_url` must be set: a router starts no server."""
     admin: str = ""
     """host:port of the Admin service, empty when nobody supervises."""
+    own_token: str = field(default="", repr=False)
+    """What the supervisor calls with, where callers need tokens."""
 
     def to_dict(self) -> dict[str, Any]:
         return to_mapping(self)
@@ -55,6 +57,12 @@ class RouterHost:
             raise RuntimeError("the router has not been started")
         return f"{self._spec.config.router.host}:{self._server.port}"
 
+    @property
+    def http_endpoint(self) -> str | None:
+        """host:port of the HTTP API; None: it is not served."""
+        port = None if self._server is None else self._server.http_port
+        return None if port is None else f"{self._spec.config.router.host}:{port}"
+
     async def start(self) -> None:
         """Listen. Raises ConfigError for a wrong model, redis URL or port; waits for a redis that is away."""
         config = self._spec.config
@@ -77,7 +85,8 @@ class RouterHost:
                 view,
                 {config.model: tokenizer},
                 self._spec.admin,
-                describe_index=lambda: f"redis ({index.stats.summary()})",
+                index_stats=index.stats,
+                own_token=self._spec.own_token,
             )
             await server.start()
             self._owned.push_async_callback(server.stop)
@@ -100,7 +109,11 @@ async def run_router(spec: RouterSpec, out: TextIO = sys.stdout) -> None:
     host = RouterHost(spec)
     await host.start()
     try:
-        print(json.dumps({"grpc": host.endpoint, "pid": os.getpid()}), file=out, flush=True)
+        print(
+            json.dumps({"grpc": host.endpoint, "http": host.http_endpoint, "pid": os.getpid()}),
+            file=out,
+            flush=True,
+        )
         await asked_to_stop.wait()
     finally:
         await host.stop()

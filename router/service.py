@@ -7,7 +7,7 @@ import grpc
 
 from pdserve.proto import inference_pb2
 from pdserve.proto.inference_pb2_grpc import InferenceServicer
-from pdserve.router.intake import Intake
+from pdserve.router.metered_intake import MeteredIntake
 from pdserve.router.status import abort
 
 GenerateContext = grpc.aio.ServicerContext[inference_pb2.GenerateRequest, inference_pb2.GenerateChunk]
@@ -16,7 +16,7 @@ GenerateContext = grpc.aio.ServicerContext[inference_pb2.GenerateRequest, infere
 class InferenceService(InferenceServicer):
     """gRPC in front of the intake: errors become statuses, deadlines and cancels go in."""
 
-    def __init__(self, intake: Intake) -> None:
+    def __init__(self, intake: MeteredIntake) -> None:
         self._intake = intake
 
     async def Generate(

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from pdserve.core.clock import Clock
 from pdserve.core.config import SessionConfig
+from pdserve.core.security.tls import ClientTls
 from pdserve.core.types import Incarnation, WorkerId
 from pdserve.core.worker_record import WorkerRecord
 from pdserve.proto import inference_pb2
@@ -48,12 +49,16 @@ class SessionPool:
         config: SessionConfig,
         chunk_tokens: int,
         clock: Clock,
+        export_share: float = 1.0,
+        tls: ClientTls | None = None,
     ) -> None:
+        self._tls = tls
         self._membership = membership
         self._bookings = bookings
         self._router = router
         self._config = config
         self._chunk_tokens = chunk_tokens
+        self._export_share = export_share
         self._clock = clock
         self._sessions: dict[WorkerId, WorkerSession] = {}
         self._leaving: list[WorkerSession] = []
@@ -110,6 +115,7 @@ class SessionPool:
             charged=self._bookings.charged(worker),
             fresh=self._bookings.charged(worker, since=session.loaded_at),
             suspect=session.suspect,
+            export_share=self._export_share,
         )
 
     async def _run(self, on_change: Callable[[], None]) -> None:
@@ -141,7 +147,7 @@ class SessionPool:
             if _key(session.record) == (worker, record.incarnation):
                 self._leaving.remove(session)
                 return session
-        session = WorkerSession(record, self._router, self._config, self._clock)
+        session = WorkerSession(record, self._router, self._config, self._clock, self._tls)
         session.start()
         return session
 

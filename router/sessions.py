@@ -14,9 +14,11 @@ from pdserve.core.clock import Clock
 from pdserve.core.config import SessionConfig
 from pdserve.core.errors import InternalError, Overloaded, WorkerLost, from_foreign
 from pdserve.core.perfmodel import PerfModel
+from pdserve.core.security.tls import ClientTls
 from pdserve.core.types import RequestId
 from pdserve.core.worker_record import WorkerLoad, WorkerRecord
 from pdserve.proto import worker_pb2
+from pdserve.proto.connections import connect
 from pdserve.proto.worker_pb2_grpc import WorkerStub
 from pdserve.router import wire
 from pdserve.router.liveness import Liveness
@@ -64,7 +66,14 @@ class WorkerSession:
     breaks, requests live on for `reattach_s`: the same incarnation is asked to go on where reading stopped.
     """
 
-    def __init__(self, record: WorkerRecord, router: str, config: SessionConfig, clock: Clock) -> None:
+    def __init__(
+        self,
+        record: WorkerRecord,
+        router: str,
+        config: SessionConfig,
+        clock: Clock,
+        tls: ClientTls | None = None,
+    ) -> None:
         self.record = record
         self.load = WorkerLoad()
         self.reported = worker_pb2.WorkerLoad()
@@ -74,6 +83,9 @@ class WorkerSession:
         """When `load` arrived, on the router's clock."""
         self.state = SessionState.CONNECTING
         self._router = router
+        self._tls = tls
+        self._problem = ""
+        """Why the worker could not be reached last time; logged when it changes."""
         self._config = config
         self._clock = clock
         self._live: dict[RequestId, _Live] = {}
@@ -158,10 +170,17 @@ class WorkerSession:
                 self._down_since = self._clock.now()
                 backoff = FIRST_BACKOFF_S
                 log.warning("session with %s broke: %s", self.record.worker, problem)
+            elif problem != self._problem:
+                log.warning("no session with %s: %s%s", self.record.worker, problem, self._advice())
+            self._problem = problem
             if self.state is SessionState.UP:
                 self.state = SessionState.CONNECTING
             await asyncio.sleep(backoff)
             backoff = min(LONGEST_BACKOFF_S, 2 * backoff)
+
+    def _advice(self) -> str:
+        """Whoever is refused for its certificate may see only that the connection was closed."""
+        return "" if self._tls is None else "; with TLS, both must have certificates of the cluster's CA"
 
     async def _converse(self) -> None:
         """One stream, from hello to its end."""
@@ -170,7 +189,7 @@ class WorkerSession:
         hello = worker_pb2.SessionHello(router=self._router)
         self._send(worker_pb2.SessionRequest(hello=hello))
         options = [*CHANNEL_OPTIONS, *_RECONNECT_OPTIONS]
-        async with grpc.aio.insecure_channel(self.record.endpoint, options=options) as channel:
+        async with connect(self.record.endpoint, options, self._tls) as channel:
             call = WorkerStub(channel).Session()
             self._call = call
             writer = asyncio.create_task(_write(call, self._outbox))
@@ -221,13 +240,13 @@ class WorkerSession:
                 self._send_open(live)  # it may never have arrived; a known id is an Attach
                 continue
             attach = worker_pb2.AttachRequest(
-                request_id=request, incarnation=hello.incarnation, next_index=[live.stream.next_index]
+                request_id=request, incarnation=hello.incarnation, next_index=live.stream.next_index
             )
             self._send(worker_pb2.SessionRequest(attach=attach))
 
     def _deliver(self, item: worker_pb2.FrameItem) -> None:
         request = RequestId(item.request_id)
-        last = bool(item.finish_reason) or item.HasField("failure")
+        last = bool(item.finish_reason) or item.HasField("failure")  # of a choice, or of the request
         live = self._live.get(request)
         if live is not None:
             try:
@@ -238,9 +257,9 @@ class WorkerSession:
                 return
             if not taken:
                 self._overflow(request, live)
-            elif last:
+            elif live.stream.ended:
                 del self._live[request]
-        if last:
+        if last and request not in self._live:
             self._send(worker_pb2.SessionRequest(ack=worker_pb2.AckRequest(request_id=request)))
 
     def _overflow(self, request: RequestId, live: _Live) -> None:

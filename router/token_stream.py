@@ -13,36 +13,58 @@ class TokenStream:
     Producer: the session's reader. Consumer: the request's Generate call. Both live on one event loop.
     """
 
-    def __init__(self, capacity_tokens: int) -> None:
-        self._capacity = capacity_tokens
+    def __init__(self, capacity_tokens: int, choices: int = 1) -> None:
+        """`capacity_tokens` is each choice's share of what may be unread."""
+        self._capacity = capacity_tokens * choices
         self._items: deque[worker_pb2.FrameItem | worker_pb2.Replace] = deque()
         self._buffered = 0
         self._error: PdserveError | None = None
         self._ready = asyncio.Event()
-        self.next_index = 0
-        """First completion token that has not been received."""
+        self._next_index = [0] * choices
+        self._ended = [False] * choices
         self.heard = False
         """Whether anything of the request was received from its present worker."""
+
+    @property
+    def next_index(self) -> tuple[int, ...]:
+        """Of each choice, the first completion token that has not been received."""
+        return tuple(self._next_index)
+
+    @property
+    def ended(self) -> bool:
+        """The last item was taken: every choice's end, or a failure."""
+        return all(self._ended)
 
     def put(self, item: worker_pb2.FrameItem) -> bool:
         """Take one item; what a re-attached session sends twice is dropped.
 
         Returns False when the consumer has left more than the capacity unread; the item is not taken then.
-        Raises InternalError when tokens are missing, or an item overlaps others by a part of its text.
+        Raises InternalError when tokens are missing, an item overlaps others by a part of its text, or its
+        choice was not asked for.
         """
         self.heard = True
-        count = len(item.token_ids)
-        if count and item.first_index + count <= self.next_index:
+        if item.HasField("failure"):
+            self._ended = [True] * len(self._ended)
+            self._append(item)
             return True
-        if item.first_index != self.next_index and not item.HasField("failure"):
+        choice, count = item.choice, len(item.token_ids)
+        if choice >= len(self._ended):
             raise InternalError(
-                f"request {item.request_id}: token {self.next_index} was expected, "
+                f"request {item.request_id} has {len(self._ended)} choices, the worker sent choice {choice}"
+            )
+        expected = self._next_index[choice]
+        if self._ended[choice] or (count and item.first_index + count <= expected):
+            return True
+        if item.first_index != expected:
+            raise InternalError(
+                f"request {item.request_id}: token {expected} of choice {choice} was expected, "
                 f"but the worker sent {count} tokens from {item.first_index} on"
             )
-        if self._buffered + len(item.token_ids) > self._capacity:
+        if self._buffered + count > self._capacity:
             return False
-        self.next_index += len(item.token_ids)
-        self._buffered += len(item.token_ids)
+        self._next_index[choice] += count
+        self._ended[choice] = bool(item.finish_reason)
+        self._buffered += count
         self._append(item)
         return True
 

@@ -75,7 +75,7 @@ def bound_completion(
     """
     in_context = limits.context_tokens - prompt_tokens
     in_pool = limits.decode_blocks * BLOCK_TOKENS - prompt_tokens + 1  # the last token needs no room
-    completion = sampling.max_tokens if asked else 1
+    completion = sampling.max_tokens if asked else max(1, sampling.min_tokens)
     if completion > in_context:
         raise ContextTooLong(
             f"prompt and completion need {prompt_tokens} + {completion} tokens, the context has "
@@ -88,6 +88,16 @@ def bound_completion(
             f"tokens or raise engine.pool_blocks"
         )
     return sampling if asked else replace(sampling, max_tokens=min(sampling.max_tokens, in_context, in_pool))
+
+
+def check_promise(promise: int, n: int, limits: Limits) -> None:
+    """Raises ContextTooLong for choices that no decode pool can ever promise together."""
+    if promise > limits.decode_blocks:
+        raise ContextTooLong(
+            f"the prompt with {n} choices needs a promise of {promise} blocks, the largest decode pool has "
+            f"{limits.decode_blocks} blocks of {BLOCK_TOKENS} tokens: ask for fewer choices or tokens, or "
+            f"raise engine.pool_blocks"
+        )
 
 
 def check_prefill(prompt_tokens: int, limits: Limits) -> None:

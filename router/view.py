@@ -28,6 +28,8 @@ class WorkerView:
     fresh: Charge = field(default_factory=Charge)
     """Those of them that are younger than `load`."""
     suspect: bool = False
+    export_share: float = 1.0
+    """Share of its pool that it lends to handoffs, see HandoffConfig."""
 
     @property
     def worker(self) -> WorkerId:
@@ -52,6 +54,11 @@ class WorkerView:
     def decodes(self) -> bool:
         """May own requests."""
         return self.available and self.record.decodes
+
+    @property
+    def lends_blocks(self) -> int:
+        """Blocks that one handoff may have here, as the worker counts them: more is refused for ever."""
+        return max(1, int(self.record.pool_blocks * self.export_share))
 
     @property
     def wait_s(self) -> float:

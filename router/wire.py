@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pdserve.core.text.chat_template import ChatMessage
 from pdserve.core.types import BlockName, RequestId, SamplingParams
 from pdserve.core.worker_record import WorkerLoad, WorkerRecord
+from pdserve.kvtransfer.index.metered import IndexStats
 from pdserve.kvtransfer.names import pack_chain, pack_tokens
 from pdserve.proto import inference_pb2, worker_pb2
 from pdserve.proto.sampling import encode
@@ -115,6 +116,22 @@ def worker_status(
         handoffs=load.handoffs,
         in_flight=load.in_flight,
         state=state,
+        uptime_s=load.uptime_s,
+        preemptions=load.preemptions,
+        transports=load.transports,
+    )
+
+
+def index_use(stats: IndexStats | None) -> inference_pb2.IndexUse | None:
+    """None where nobody meters the index."""
+    if stats is None:
+        return None
+    return inference_pb2.IndexUse(
+        lookups=stats.locate.answered + stats.locate.unavailable,
+        unanswered=stats.locate.unavailable,
+        seconds=stats.locate.seconds,
+        asked_blocks=stats.asked_blocks,
+        found_blocks=stats.found_blocks,
     )
 
 

@@ -126,7 +126,7 @@ class HybridPolicy:
 
     def _prefill(self, view: ClusterView, owner: WorkerView, request: PlacementRequest) -> tuple[Ranked, ...]:
         needed = blocks_for(request.prompt_tokens - 1)
-        able = [w for w in view if w.prefills and w.worker != owner.worker and w.record.pool_blocks >= needed]
+        able = [w for w in view if w.prefills and w.worker != owner.worker and w.lends_blocks >= needed]
         owners = self._owners(view, able, request)
         held = [w for w in able if request.depths.get(w.worker, 0) > 0]
         holders = sorted(held, key=lambda w: (-request.depths[w.worker], _tie(request, w.worker)))[:HOLDERS]

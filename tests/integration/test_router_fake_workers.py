@@ -501,7 +501,7 @@ async def test_beyond_slots_and_queue_requests_are_shed_and_the_queue_moves_on()
         ({"model": "huge"}, grpc.StatusCode.NOT_FOUND, "tiny"),
         ({"prompt": ""}, grpc.StatusCode.INVALID_ARGUMENT, "empty"),
         ({"sampling": {"max_tokens": 0}}, grpc.StatusCode.INVALID_ARGUMENT, "at least 1"),
-        ({"sampling": {"temperature": -1.0}}, grpc.StatusCode.INVALID_ARGUMENT, "temperature is -1.0"),
+        ({"sampling": {"temperature": -1.0}}, grpc.StatusCode.INVALID_ARGUMENT, "temperature is -1"),
         ({"sampling": {"top_p": 1.5}}, grpc.StatusCode.INVALID_ARGUMENT, "top_p is 1.5"),
         ({"token_ids": {"ids": [VOCABULARY]}}, grpc.StatusCode.INVALID_ARGUMENT, str(VOCABULARY - 1)),
         ({"sampling": {"max_tokens": CONTEXT}}, grpc.StatusCode.INVALID_ARGUMENT, str(CONTEXT)),

@@ -79,6 +79,11 @@ class Run:
         (("--ray-address", "127.0.0.1:1", "--grpc-port", "0"), "no Ray answers at 127.0.0.1:1"),
         (("--dtype", "float8"), "dtype is 'float8': it must be one of"),
         (("--transport", "pigeon"), "handoff.transport is 'pigeon': it must be one of"),
+        pytest.param(
+            ("--redis-url", "redis://127.0.0.1:1/0"),
+            "the configured redis did not answer within",
+            marks=pytest.mark.full,  # it waits for one that may still come
+        ),
     ],
 )
 def test_a_wrong_start_is_one_line(
@@ -88,10 +93,22 @@ def test_a_wrong_start_is_one_line(
     assert says in Run(tmp_path, *model, *flags).error()
 
 
-def test_a_taken_port_is_one_line(tiny_model: Path, tmp_path: Path) -> None:
+def test_an_unknown_configuration_key_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.toml"
+    file.write_text("[engine]\npool_block = 5\n")
+    error = Run(tmp_path, "--config", str(file)).error()
+    assert "pool_block" in error
+    assert "pool_blocks" in error
+    assert str(file) in error
+
+
+@pytest.mark.parametrize("flag", ["--grpc-port", "--http-port"])
+def test_a_taken_port_is_one_line(tiny_model: Path, tmp_path: Path, flag: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        error = Run(tmp_path, "--model", str(tiny_model), "--grpc-port", port).error()
+        ports = {"--grpc-port": "0", flag: port}
+        flags = [part for pair in ports.items() for part in pair]
+        error = Run(tmp_path, "--model", str(tiny_model), *flags).error()
     assert f"cannot listen on 127.0.0.1:{port} (Address already in use)" in error
 
 

@@ -1,5 +1,6 @@
 """The hybrid policy as properties of its placements."""
 
+import dataclasses
 from collections import Counter
 
 import pytest
@@ -232,3 +233,11 @@ def test_rank_puts_filtered_workers_nowhere_and_orders_by_score() -> None:
     loads = {"c": 10, "a": 50, "b": 10, "z": 100}
     ranked = rank(ByQueue(), [worker(name, Role.PREFILL, queued=load) for name, load in loads.items()])
     assert [entry.worker for entry in ranked] == ["b", "c", "a"]
+
+
+@pytest.mark.parametrize(("tokens", "asked"), [(81, True), (82, False)])
+def test_who_lends_too_little_of_its_pool_is_not_asked_in_vain(tokens: int, asked: bool) -> None:
+    """P lends 5 of its 10 blocks, and would refuse the sixth for ever."""
+    lender = dataclasses.replace(worker("prefill-0", Role.PREFILL, pool_blocks=10), export_share=0.5)
+    placed = place(view(lender, *decoders(1)), request(tokens))
+    assert placed.prefill == (("prefill-0", "decode-0") if asked else ("decode-0",))

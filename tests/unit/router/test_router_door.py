@@ -6,7 +6,7 @@ import pytest
 from router_views import record
 
 from pdserve.core.errors import ContextTooLong, InvalidRequest, Unavailable, UnknownModel
-from pdserve.core.request_limits import check_sampling, check_tokens, promise_blocks
+from pdserve.core.request_limits import check_tokens, promise_blocks
 from pdserve.core.text.chat_template import ChatMessage
 from pdserve.core.types import Role, SamplingParams
 from pdserve.router import validation
@@ -27,27 +27,6 @@ def test_an_empty_prompt_is_refused(prompt: Prompt | None) -> None:
 def test_a_prompt_past_the_limit_names_both_numbers(prompt: Prompt) -> None:
     with pytest.raises(ContextTooLong, match=r"1[12] bytes, the limit is 10"):
         validation.check_prompt(prompt, 10)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        SamplingParams(max_tokens=0),
-        SamplingParams(temperature=-0.1),
-        SamplingParams(temperature=float("nan")),
-        SamplingParams(temperature=float("inf")),
-        SamplingParams(top_p=0.0),
-        SamplingParams(top_p=1.1),
-        SamplingParams(top_p=float("nan")),
-    ],
-)
-def test_sampling_out_of_range_is_refused(wrong: SamplingParams) -> None:
-    with pytest.raises(InvalidRequest, match="must be"):
-        check_sampling(wrong)
-
-
-def test_sampling_within_its_range_passes() -> None:
-    check_sampling(SamplingParams(max_tokens=1, temperature=2.0, top_p=1.0, top_k=40))
 
 
 def test_tokens_are_checked_against_the_vocabulary() -> None:
@@ -86,6 +65,18 @@ def test_a_completion_past_the_decode_pool_is_refused_with_both_numbers() -> Non
     with pytest.raises(ContextTooLong, match=r"80 \+ 50 tokens.*8 blocks of 16"):
         validation.bound_completion(SamplingParams(max_tokens=50), True, 80, roomy)
     assert validation.bound_completion(SamplingParams(), False, 80, roomy).max_tokens == 49
+
+
+def test_a_default_completion_that_cannot_reach_min_tokens_is_refused() -> None:
+    assert validation.bound_completion(SamplingParams(min_tokens=10), False, 90, LIMITS).max_tokens == 10
+    with pytest.raises(ContextTooLong, match=r"90 \+ 11 tokens, the context has 100"):
+        validation.bound_completion(SamplingParams(min_tokens=11), False, 90, LIMITS)
+
+
+def test_choices_that_no_decode_pool_can_promise_together_are_refused_with_both_numbers() -> None:
+    validation.check_promise(8, 4, LIMITS)
+    with pytest.raises(ContextTooLong, match=r"4 choices needs a promise of 9 blocks.*has 8 blocks"):
+        validation.check_promise(9, 4, LIMITS)
 
 
 def test_a_prompt_that_fits_no_prefill_pool_is_refused_with_both_numbers() -> None:

@@ -1,0 +1,149 @@
+"""The intake, measured from outside: counts and times of every request, whatever it came over."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterable, Iterator
+from contextlib import aclosing, contextmanager
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from pdserve.core.clock import Clock
+from pdserve.core.errors import Cancelled, InvalidRequest, Overloaded, PdserveError, from_foreign
+from pdserve.core.metrics import NAMESPACE, Metric
+from pdserve.proto import inference_pb2
+from pdserve.router.intake import Intake, OnEnd
+
+_LONG: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
+_SHORT: Final = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 5)
+_BLOCK_STATES: Final = ("free", "held", "reserved", "cached", "loading", "quarantined")
+_USED_STATES: Final = ("held", "reserved", "loading", "quarantined")
+
+
+class RequestMetrics:
+    """The instruments of one router."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def histogram(name: Metric, text: str, buckets: Iterable[float]) -> Histogram:
+            return Histogram(
+                name, text, namespace=NAMESPACE, registry=registry, buckets=tuple(map(float, buckets))
+            )
+
+        def counter(name: Metric, text: str, *labels: str) -> Counter:
+            return Counter(name, text, labels, namespace=NAMESPACE, registry=registry)
+
+        self.ended = counter(Metric.REQUESTS, "Ended requests by HTTP status.", "code")
+        self.rejected = counter(Metric.REQUESTS_REJECTED, "Requests that never ran.", "reason")
+        self.in_flight = Gauge(
+            Metric.IN_FLIGHT,
+            "Requests that have arrived and not ended.",
+            namespace=NAMESPACE,
+            registry=registry,
+        )
+        self.ttft = histogram(Metric.TIME_TO_FIRST_TOKEN, "Arrival to the first chunk.", _LONG)
+        self.itl = histogram(Metric.INTER_TOKEN_LATENCY, "Between chunks of one choice.", _SHORT)
+        self.e2e = histogram(Metric.E2E_LATENCY, "Arrival to the end.", _LONG)
+        self.queue = histogram(Metric.QUEUE_TIME, "Waiting for admission.", _LONG)
+        self.prompt_tokens = counter(Metric.PROMPT_TOKENS, "Prompt tokens of ended requests.")
+        self.cached_tokens = counter(Metric.CACHED_PROMPT_TOKENS, "Prompt tokens that nobody computed.")
+        self.generated_tokens = counter(Metric.GENERATED_TOKENS, "Tokens sent to clients.")
+
+    @contextmanager
+    def refusals(self) -> Iterator[None]:
+        """Count errors of the block as requests that were refused before the intake saw them."""
+        try:
+            yield
+        except Exception as error:
+            self.fail(from_foreign(error), begun=False)
+            raise
+
+    def fail(self, error: PdserveError, begun: bool) -> None:
+        """Count a request that did not end well; `begun`: something had been generated for it."""
+        self.ended.labels(str(error.http_status)).inc()
+        if not begun and not isinstance(error, Cancelled):
+            known = isinstance(error, InvalidRequest | Overloaded)
+            self.rejected.labels(type(error).__name__ if known else "Unavailable").inc()
+
+
+class MeteredIntake:
+    """An Intake with the same calls."""
+
+    def __init__(self, inner: Intake, clock: Clock) -> None:
+        self.registry = CollectorRegistry()
+        self.metrics = RequestMetrics(self.registry)
+        self.registry.register(_WorkerGauges(inner))
+        self._inner = inner
+        self._clock = clock
+        # The same object for those that are not measured.
+        self.tokenize = inner.tokenize
+        self.models = inner.models
+        self.status = inner.status
+        self.servable = inner.servable
+
+    async def generate(
+        self, request: inference_pb2.GenerateRequest, remaining_s: float | None, on_end: OnEnd
+    ) -> AsyncGenerator[inference_pb2.GenerateChunk, None]:
+        """As Intake.generate."""
+        metrics, arrived = self.metrics, self._clock.now()
+        latest: dict[int, float] = {}
+        metrics.in_flight.inc()
+        try:
+            async with aclosing(self._inner.generate(request, remaining_s, on_end)) as chunks:
+                async for chunk in chunks:
+                    self._observe(chunk, arrived, latest)
+                    yield chunk
+        except (GeneratorExit, asyncio.CancelledError):
+            metrics.fail(Cancelled("the client left"), begun=bool(latest))
+            raise
+        except Exception as error:
+            metrics.fail(from_foreign(error), begun=bool(latest))
+            raise
+        else:
+            metrics.ended.labels("200").inc()
+            metrics.e2e.observe(self._clock.now() - arrived)
+        finally:
+            metrics.in_flight.dec()
+
+    def _observe(self, chunk: inference_pb2.GenerateChunk, arrived: float, latest: dict[int, float]) -> None:
+        metrics, now = self.metrics, self._clock.now()
+        previous = latest.get(chunk.choice)
+        if previous is not None:
+            metrics.itl.observe(now - previous)
+        elif not latest:
+            metrics.ttft.observe(now - arrived)
+            metrics.queue.observe(chunk.ledger.queue)
+        latest[chunk.choice] = now
+        if chunk.finish_reason:
+            metrics.generated_tokens.inc(chunk.usage.completion_tokens)
+            if chunk.choice == 0:
+                metrics.prompt_tokens.inc(chunk.usage.prompt_tokens)
+                metrics.cached_tokens.inc(chunk.usage.cached_tokens)
+
+
+class _WorkerGauges(Collector):
+    """What the workers last said of themselves, read when somebody asks."""
+
+    def __init__(self, intake: Intake) -> None:
+        self._intake = intake
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        def gauge(name: Metric, text: str, *labels: str) -> GaugeMetricFamily:
+            return GaugeMetricFamily(f"{NAMESPACE}_{name}", text, labels=labels)
+
+        running = gauge(Metric.WORKER_RUNNING, "Sequences in the worker's batch.", "worker")
+        waiting = gauge(Metric.WORKER_WAITING, "Sequences that wait at the worker.", "worker")
+        usage = gauge(Metric.KV_USAGE, "Blocks in use, of all.", "worker")
+        blocks = gauge(Metric.KV_BLOCKS, "Blocks by state.", "worker", "state")
+        for worker in self._intake.status().workers:
+            running.add_metric([worker.worker], worker.running)
+            waiting.add_metric([worker.worker], worker.waiting)
+            used = sum(getattr(worker.blocks, state) for state in _USED_STATES)
+            usage.add_metric([worker.worker], used / worker.blocks.total if worker.blocks.total else 0.0)
+            for state in _BLOCK_STATES:
+                blocks.add_metric([worker.worker, state], getattr(worker.blocks, state))
+        yield from (running, waiting, usage, blocks)
+
+    def describe(self) -> Iterable[GaugeMetricFamily]:
+        """Nothing: without it the registry would collect once before the router has started."""
+        return ()
