@@ -6,12 +6,14 @@ from typing import Any, Self, TypeVar
 
 import grpc
 
-from pdserve.client import Client
+from pdserve.client import Client, Tls
 from pdserve.client.errors import from_rpc_error
+from pdserve.client.security import check_token, load_tls
 from pdserve.core.channel_options import CHANNEL_OPTIONS
 from pdserve.core.errors import Unavailable
 from pdserve.proto import admin_pb2 as pb
 from pdserve.proto.admin_pb2_grpc import AdminStub
+from pdserve.proto.connections import connect_blocking
 
 Response = TypeVar("Response")
 
@@ -24,9 +26,9 @@ GRACE_TIMEOUT_S = 3600.0
 """For a drain, whose grace the server bounds; keepalive notices a server that is gone."""
 
 
-def find_admin(target: str) -> str:
+def find_admin(target: str, tls: Tls | bool = False, token: str | None = None) -> str:
     """host:port of the membership service of the cluster whose router is at `target`."""
-    with Client(target, timeout=FIND_TIMEOUT_S) as client:
+    with Client(target, timeout=FIND_TIMEOUT_S, tls=tls, token=token) as client:
         admin = client.status().admin
     if not admin:
         raise Unavailable(f"the cluster at {target} has no membership service: nobody supervises it")
@@ -34,10 +36,13 @@ def find_admin(target: str) -> str:
 
 
 class AdminClient:
-    """One connection to the membership service; a context manager. Raises PdserveError."""
+    """One connection to the membership service; a context manager. Raises PdserveError.
 
-    def __init__(self, admin: str) -> None:
-        self._channel = grpc.insecure_channel(admin, options=CHANNEL_OPTIONS)
+    It shows the router's certificate and asks for the same tokens.
+    """
+
+    def __init__(self, admin: str, tls: Tls | bool = False, token: str | None = None) -> None:
+        self._channel = connect_blocking(admin, CHANNEL_OPTIONS, load_tls(tls), check_token(token))
         self._stub = AdminStub(self._channel)
 
     def __enter__(self) -> Self:

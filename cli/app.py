@@ -6,9 +6,13 @@ from typing import Annotated
 import typer
 
 from pdserve import __version__
+from pdserve.cli.certs_command import certs
+from pdserve.cli.chat_command import chat
+from pdserve.cli.config_command import config
 from pdserve.cli.demo_command import demo
 from pdserve.cli.generate_command import generate
 from pdserve.cli.members_command import members
+from pdserve.cli.models_command import models
 from pdserve.cli.serve_command import serve
 from pdserve.cli.status_command import status
 from pdserve.core.errors import PdserveError
@@ -38,9 +42,13 @@ def _root(
 
 
 app.command()(serve)
+app.command()(chat)
 app.command()(generate)
 app.add_typer(members, name="members")
 app.command()(status)
+app.command()(models)
+app.command()(config)
+app.command()(certs)
 app.command()(demo)
 
 

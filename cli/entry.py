@@ -38,7 +38,7 @@ This is the base install, the client library:
     from pdserve.client import Client
     print(Client("host:50051").generate("Once upon a time").text)
 
-The commands serve, generate, members, status and demo need the extra [serve]:
+The commands need the extra [serve]:
 
     pip install 'pdserve[serve]'
 """

@@ -1,53 +1,87 @@
 """`pdserve status`: the cluster as its router sees it."""
 
 import json
-from typing import TYPE_CHECKING, Annotated
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pdserve.cli.generate_command import DEFAULT_TARGET
+from pdserve.cli.connection import DEFAULT_TARGET, Target
+from pdserve.cli.credentials import CREDENTIALS, credentials
+from pdserve.cli.gathering import gathers
+from pdserve.core.errors import PdserveError
 
 if TYPE_CHECKING:
-    from pdserve.client import ClusterStatus, WorkerStatus
-
-NUMBERS = ("running", "waiting", "handoffs", "in flight", "free", "held", "cached", "promised", "blocks")
-
-
-def status(
-    target: Annotated[str, typer.Option(help="host:port of the cluster's gRPC API.")] = DEFAULT_TARGET,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for the answer.")] = 10.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """Show workers, their KV pools and their load."""
     from pdserve.client import Client
 
-    with Client(target, timeout=timeout) as client:
-        seen = client.status()
-    if as_json:
-        typer.echo(json.dumps(seen.to_dict()))
-    else:
-        _print_status(seen)
+
+@gathers("security", CREDENTIALS)
+def status(
+    security: Mapping[str, Any],
+    target: Target = DEFAULT_TARGET,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for the answer.")] = 10.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    watch: Annotated[
+        float | None, typer.Option(min=0.0, help="Show it again every so many seconds, until Ctrl-C.")
+    ] = None,
+) -> None:
+    """Show workers, their load and KV pools, what moved between them, and the index."""
+    from pdserve.client import Client
+
+    with Client(target, timeout=timeout, **credentials(security)) as client:
+        show = _show_json if as_json else _show_page
+        if watch is None:
+            show(client)
+            return
+        try:
+            (_watch_json if as_json else _watch_page)(client, lambda: time.sleep(watch))
+        except KeyboardInterrupt:
+            return
 
 
-def _print_status(seen: "ClusterStatus") -> None:
-    from pdserve.cli.tables import print_table
-
-    print_table(("worker", "role", "state", "pid"), NUMBERS, map(_row, seen.workers))
-    index = "answers" if seen.index_available else "is away, the ring alone places"
-    typer.echo(f"index {seen.index} {index}; {seen.requests_in_flight} requests in flight")
+def _show_json(client: "Client") -> None:
+    typer.echo(json.dumps(client.status().to_dict()))
 
 
-def _row(worker: "WorkerStatus") -> tuple[str, ...]:
-    blocks = worker.blocks
-    numbers = (
-        worker.running,
-        worker.waiting,
-        worker.handoffs,
-        worker.in_flight,
-        blocks.free,
-        blocks.held,
-        blocks.cached,
-        blocks.promised,
-        blocks.total,
-    )
-    return (worker.worker, worker.role, worker.state, str(worker.pid), *map(str, numbers))
+def _show_page(client: "Client") -> None:
+    from pdserve.cli.status_page import status_page
+    from pdserve.cli.tables import make_console
+
+    console = make_console()
+    console.print(status_page(client.status(), console.width))
+
+
+def _watch_json(client: "Client", wait: Callable[[], None]) -> None:
+    """One object a line; a cluster that does not answer is an object with its error."""
+    while True:
+        try:
+            _show_json(client)
+        except PdserveError as error:
+            typer.echo(json.dumps({"error": error.message}))
+        wait()
+
+
+def _watch_page(client: "Client", wait: Callable[[], None]) -> None:
+    """The page in place; pages one after the other where the output is no terminal."""
+    from rich.console import Group
+    from rich.live import Live
+    from rich.text import Text
+
+    from pdserve.cli.status_page import status_page
+    from pdserve.cli.tables import make_console
+
+    page = Group()
+    console = make_console()
+    with Live(page, console=console, auto_refresh=False, screen=console.is_terminal) as live:
+        while True:
+            try:
+                page = status_page(client.status(), console.width)
+                shown = page
+            except PdserveError as error:  # what was seen last, and why it is not renewed
+                shown = Group(page, Text(f"\n{error.message}", "red"))
+            if console.is_terminal:
+                live.update(shown, refresh=True)
+            else:
+                console.print(shown)
+            wait()

@@ -1,13 +1,15 @@
-"""Configuration: one TOML file or flags, resolved once into frozen dataclasses. Unknown keys are errors."""
+"""Configuration: frozen dataclasses, built once from nested mappings. Unknown keys are errors.
+
+Where the values come from, and which of them wins: core/config_sources.py.
+"""
 
 import dataclasses
+import difflib
 import re
-import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pdserve.core.errors import ConfigError
@@ -87,8 +89,8 @@ class SessionConfig:
 class IndexConfig:
     """redis: the index of blocks and the membership."""
 
-    redis_url: str | None = None
-    """None: a server on PATH, else the embedded one."""
+    redis_url: str | None = field(default=None, repr=False)
+    """None: a server on PATH, else the embedded one. May hold a password, which nothing shows."""
     cluster: str = "default"
     """Prefix of every key, so that clusters can share one server."""
     timeout_s: float = 0.05
@@ -136,29 +138,43 @@ class RouterConfig:
 class SecurityConfig:
     """Who may connect. Paths of PEM files; without them everything is plain text, which loopback can bear.
 
-    `pdserve certs` makes a development CA with certificates for all of these.
+    `pdserve certs DIR` makes development certificates for all of these; `tls_dir = "DIR"` names them at once.
     """
 
+    tls_dir: str | None = None
+    """Folder with ca.pem, server.pem, server.key, worker.pem, worker.key and client-ca.pem: what the keys
+    below are where they are not given."""
     tls_certificate: str | None = None
-    """Served on gRPC and HTTP, and between workers."""
+    """Shown to clients, on gRPC and HTTP. Signed by `tls_ca`."""
     tls_key: str | None = None
     tls_ca: str | None = None
-    """Signs every worker's and router's certificate; needed with `tls_certificate`."""
+    """Signs every worker's and router's certificate, and nobody else's: who has one may talk to workers."""
+    worker_certificate: str | None = None
+    """Shown by workers, and by routers to workers; for the DNS name pdserve-worker. None: tls_certificate."""
+    worker_key: str | None = None
     client_certificates: bool = False
-    """Clients, too, must show a certificate of `tls_ca` (mTLS). Workers and routers always do."""
+    """Clients, too, must show a certificate (mTLS). Workers and routers always do."""
+    client_ca: str | None = None
+    """Signs the clients' certificates. None: tls_ca, and then clients may talk to workers, too."""
     tokens_file: str | None = None
-    """Bearer tokens that clients must send, one a line, `name:token`; None: no token is asked for."""
+    """Bearer tokens of clients, one a line, `name:token` or `name:sha256:hex`; None: none is asked for."""
 
     def __post_init__(self) -> None:
         given = (self.tls_certificate, self.tls_key, self.tls_ca)
-        together = all(given) or not any(given)
+        together = all(given) or not any(given) or self.tls_dir is not None
         require(together, "security.tls_*", given, "certificate, key and ca, or none of them")
-        require(
-            together and (any(given) or not self.client_certificates),
-            "security.client_certificates",
-            self.client_certificates,
-            "false without tls_certificate",
-        )
+        pair = (self.worker_certificate, self.worker_key)
+        require(all(pair) or not any(pair), "security.worker_*", pair, "certificate and key, or neither")
+        for name in ("client_certificates", "client_ca", "worker_certificate"):
+            value = getattr(self, name)
+            require(
+                self.tls or not value, f"security.{name}", value, "left out where TLS is off: set tls_dir"
+            )
+
+    @property
+    def tls(self) -> bool:
+        """Every connection is encrypted and checked."""
+        return self.tls_dir is not None or self.tls_certificate is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,10 +207,18 @@ class ServeConfig:
         require(able > 0, "workers", asked, "at least one of each of prefill and decode, or one mixed")
 
 
+class WrongKey(ConfigError):
+    """A key that does not exist, or whose value is wrong. `key` is dotted: `engine.threads`."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
 def require(holds: bool, key: str, value: object, limit: str) -> None:
-    """Raise the one form of message that configuration errors have."""
+    """Raise the one form of message that wrong values have."""
     if not holds:
-        raise ConfigError(f"{key} is {value!r}: it must be {limit}")
+        raise WrongKey(key, f"{key} is {value!r}: it must be {limit}")
 
 
 T = TypeVar("T")
@@ -203,42 +227,19 @@ T = TypeVar("T")
 def from_mapping(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """Build a config dataclass from nested mappings.
 
-    Raises ConfigError for unknown keys (naming the known ones) and for values of another type.
+    Raises WrongKey for unknown keys (naming the known ones) and for values of another type.
     """
     known = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(kind)
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        place = f"[{where}]" if where else "the configuration"
-        raise ConfigError(f"unknown key {unknown[0]!r} in {place}: known are {', '.join(known)}")
     arguments: dict[str, Any] = {}
     for name, value in values.items():
         key = f"{where}.{name}" if where else name
+        if name not in known:
+            place = f"[{where}]" if where else "the configuration"
+            guess = _guess(name, list(known))
+            raise WrongKey(key, f"unknown key {name!r} in {place}: {guess}known are {', '.join(known)}")
         arguments[name] = _convert(hints[name], value, key)
     return kind(**arguments)
-
-
-def load_toml(path: Path, overrides: Mapping[str, Any] | None = None) -> ServeConfig:
-    """Read a TOML file; `overrides` (nested, same keys) win over it."""
-    try:
-        values = tomllib.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ConfigError(f"no configuration file at {path}") from error
-    except OSError as error:
-        raise ConfigError(f"cannot read the configuration file {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from error
-    return from_mapping(ServeConfig, merge(values, overrides or {}))
-
-
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested mappings, the second one wins."""
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        merged[key] = merge(old, value) if both else value  # type: ignore[arg-type]
-    return merged
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
@@ -246,15 +247,35 @@ def to_mapping(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def value_types(kind: type[Any] = ServeConfig, where: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, type) of every value, in order; tables themselves are left out."""
+    for name, hint in typing.get_type_hints(kind).items():
+        key = f"{where}.{name}" if where else name
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            yield from value_types(hint, key)
+        else:
+            yield key, hint
+
+
+def _guess(name: str, known: list[str]) -> str:
+    """What was probably meant: a key that another table has, or one that is spelled almost so."""
+    homes = [key for key, _ in value_types() if key.rpartition(".")[2] == name]
+    if homes:
+        table = homes[0].rpartition(".")[0]
+        return f"did you mean {name} {f'in [{table}]' if table else 'above all tables'}? "
+    close = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {close[0]}? " if close else ""
+
+
 def _convert(kind: Any, value: Any, key: str) -> Any:
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{key} is {value!r}: it must be a table")
+            raise WrongKey(key, f"{key} is {value!r}: it must be a table")
         return from_mapping(kind, value, key)
     allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
         names = " or ".join(t.__name__ for t in allowed if t is not type(None))
-        raise ConfigError(f"{key} is {value!r}: it must be of type {names}")
+        raise WrongKey(key, f"{key} is {value!r}: it must be of type {names}")
     return value

@@ -1,7 +1,6 @@
 """A wrong configuration is refused before anything starts, in words that help."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,81 +13,10 @@ from pdserve.core.config import (
     ServeConfig,
     SessionConfig,
     from_mapping,
-    load_toml,
-    merge,
     to_mapping,
+    value_types,
 )
 from pdserve.core.errors import ConfigError
-
-
-def write(folder: Path, text: str) -> Path:
-    path = folder / "cluster.toml"
-    path.write_text(text)
-    return path
-
-
-def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
-    assert load_toml(write(tmp_path, "")) == ServeConfig()
-
-
-def test_tables_become_their_sections(tmp_path: Path) -> None:
-    path = write(tmp_path, 'prefill = 2\n[engine]\noverbook = 2\n[index]\nredis_url = "redis://h:1/0"\n')
-    config = load_toml(path)
-    assert config.prefill == 2
-    assert config.engine == EngineConfig(overbook=2.0)
-    assert isinstance(config.engine.overbook, float)
-    assert config.index.redis_url == "redis://h:1/0"
-    assert config.handoff == HandoffConfig()
-
-
-def test_overrides_win_key_by_key(tmp_path: Path) -> None:
-    path = write(tmp_path, "[engine]\npool_blocks = 9\nthreads = 3\n")
-    config = load_toml(path, {"engine": {"threads": 1}, "mixed": 1})
-    assert (config.engine.pool_blocks, config.engine.threads, config.mixed) == (9, 1, 1)
-
-
-def test_an_unknown_key_is_named_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"'pool_block' in \[engine\].*pool_blocks"):
-        load_toml(write(tmp_path, "[engine]\npool_block = 9\n"))
-    with pytest.raises(ConfigError, match=r"'engin' in the configuration.*engine"):
-        load_toml(write(tmp_path, "[engin]\n"))
-
-
-@pytest.mark.parametrize(
-    ("text", "key"),
-    [
-        ("prefill = 1.5", "prefill"),
-        ('prefill = "1"', "prefill"),
-        ("prefill = true", "prefill"),
-        ("dtype = 16", "dtype"),
-        ("engine = 3", "engine"),
-        ("ready_file = 3", "ready_file"),
-        ("[handoff]\ndigest = 1", "handoff.digest"),
-        ("[engine]\noverbook = true", "engine.overbook"),
-        ('[index]\nttl_s = "3"', "index.ttl_s"),
-    ],
-)
-def test_a_value_of_another_type_is_refused(tmp_path: Path, text: str, key: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^{key} is .*it must be"):
-        load_toml(write(tmp_path, text))
-
-
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"absent\.toml"):
-        load_toml(tmp_path / "absent.toml")
-
-
-def test_a_folder_is_no_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot read"):
-        load_toml(tmp_path)
-
-
-@pytest.mark.parametrize("content", [b"prefill = = 2", b"\xff\xfe"])
-def test_what_is_not_toml_is_refused(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "cluster.toml"
-    path.write_bytes(content)
-    with pytest.raises(ConfigError, match="not valid TOML"):
-        load_toml(path)
 
 
 @pytest.mark.parametrize(
@@ -143,10 +71,31 @@ def test_mapping_and_back_is_the_same() -> None:
     assert from_mapping(ServeConfig, to_mapping(config)) == config
 
 
-def test_merge_changes_neither_side() -> None:
-    base, over = {"a": {"b": 1, "c": 2}}, {"a": {"b": 3}, "d": 4}
-    assert merge(base, over) == {"a": {"b": 3, "c": 2}, "d": 4}
-    assert (base, over) == ({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}, "d": 4})
+def test_an_unknown_key_is_named_with_the_known_ones() -> None:
+    with pytest.raises(
+        ConfigError, match=r"'pool_block' in \[engine\]: did you mean pool_blocks\? known are "
+    ):
+        from_mapping(ServeConfig, {"engine": {"pool_block": 9}})
+    with pytest.raises(ConfigError, match=r"'engin' in the configuration: did you mean engine\? known are "):
+        from_mapping(ServeConfig, {"engin": {}})
+
+
+def test_a_key_in_the_wrong_table_is_sent_to_its_own() -> None:
+    with pytest.raises(
+        ConfigError, match=r"'threads' in the configuration: did you mean threads in \[engine\]\?"
+    ):
+        from_mapping(ServeConfig, {"threads": 2})
+    with pytest.raises(
+        ConfigError, match=r"'prefill' in \[engine\]: did you mean prefill above all tables\?"
+    ):
+        from_mapping(ServeConfig, {"engine": {"prefill": 2}})
+
+
+def test_every_value_has_one_type() -> None:
+    leaves = dict(value_types())
+    assert leaves["engine.threads"] is int
+    assert leaves["index.redis_url"] == str | None
+    assert "engine" not in leaves
 
 
 def test_a_configuration_cannot_be_changed() -> None:
