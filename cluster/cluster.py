@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import secrets
 import socket
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,14 +20,19 @@ from pdserve.cluster.ray_runtime import RayRuntime
 from pdserve.cluster.redis_server import RedisServer, start_redis
 from pdserve.cluster.signals import take_signals_back
 from pdserve.cluster.supervisor import Supervisor
-from pdserve.core.catalog import resolve_model
 from pdserve.core.channel_options import CHANNEL_OPTIONS, SERVER_OPTIONS
-from pdserve.core.config import IndexConfig, RouterConfig, ServeConfig
+from pdserve.core.config import IndexConfig, RouterConfig, ServeConfig, require
 from pdserve.core.errors import ConfigError, PdserveError, Unavailable, from_foreign
+from pdserve.core.security.cluster_tls import FrontTls, WorkerTls
+from pdserve.core.security.exposure import exposures
+from pdserve.core.security.tokens import TokenTable
 from pdserve.core.tasks import end_task
 from pdserve.core.types import Role
 from pdserve.proto import admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+from pdserve.proto.connections import connect, listen
 from pdserve.router.process import RouterSpec
+from pdserve.router.token_gate import TokenGate
+from pdserve.workers.models.fit import require_fit
 from pdserve.workers.spec import WorkerSpec
 
 log = logging.getLogger(__name__)
@@ -34,17 +40,29 @@ log = logging.getLogger(__name__)
 READY_TIMEOUT_S = 60.0
 READY_POLL_S = 0.05
 REDIS_WATCH_S = 0.2
+LOOPBACK = "127.0.0.1"
 
 
 class Cluster:
     """Everything that `pdserve serve` runs. Use once, as `async with Cluster(config) as cluster`."""
 
     def __init__(self, config: ServeConfig) -> None:
-        """Raises ConfigError for a model that is not there, before anything starts."""
-        resolve_model(config.model)
+        """Raises ConfigError, before anything starts, for a model or security file that will not do."""
+        require_fit(config)
         self.config = config
-        self.supervisor = Supervisor(self._launch_worker)
+        self._front_tls = FrontTls.load(config.security)
+        worker_tls = WorkerTls.load(config.security)
+        self._own_token = secrets.token_hex(32)
+        self._tokens: TokenTable | None = None
+        if config.security.tokens_file is not None:
+            table = TokenTable.load(config.security.tokens_file)
+            self._tokens = table.with_token("supervisor", self._own_token)
+        for warning in exposures(config):
+            log.warning("%s", warning)
+        self.supervisor = Supervisor(self._launch_worker, None if worker_tls is None else worker_tls.client)
         self.router_endpoint = ""
+        self.http_endpoint: str | None = None
+        """Of the router's HTTP API; None: it is not served."""
         self.router_pid = 0
         self.admin_endpoint = ""
         self._ray = RayRuntime(config.ray_address)
@@ -65,7 +83,7 @@ class Cluster:
 
     async def start(self) -> None:
         """Returns when every worker is ready and the router sees it; if it raises, `stop` has to follow."""
-        _require_free_port(self.config.router)
+        _require_free_ports(self.config.router)
         own = self._owned
         own.push_async_callback(self._stop_redis)
         await _in_thread(self._start_redis)
@@ -110,6 +128,7 @@ class Cluster:
         pids["supervisor"] = [os.getpid()]
         return {
             "grpc": self.router_endpoint,
+            "http": self.http_endpoint,
             "admin": self.admin_endpoint,
             "model": self.config.model,
             "pids": pids,
@@ -138,11 +157,13 @@ class Cluster:
             role=str(member.role),
             model=member.model,
             dtype=config.dtype,
-            host=config.router.host,
+            # With a Ray of our own, everybody who calls a worker is on this machine.
+            host=LOOPBACK if config.ray_address is None else config.router.host,
             engine=config.engine,
             handoff=config.handoff,
             session=config.session,
             index=self._index_config(),
+            security=config.security,
         )
         # An own redis, and any host but the unspecified one, can be reached on this machine only.
         own_redis = self._redis is not None and self._redis.owned
@@ -154,23 +175,27 @@ class Cluster:
             # One that is started again listens where its clients know it.
             port = int(self.router_endpoint.rpartition(":")[2])
             router = dataclasses.replace(router, grpc_port=port)
+        if self.http_endpoint is not None:
+            router = dataclasses.replace(router, http_port=int(self.http_endpoint.rpartition(":")[2]))
         config = dataclasses.replace(self.config, index=self._index_config(), router=router)
-        return launch_router(RouterSpec(config=config, admin=self.admin_endpoint))
+        return launch_router(RouterSpec(config=config, admin=self.admin_endpoint, own_token=self._own_token))
 
     async def _router_started(self, said: dict[str, Any]) -> None:
         self.router_endpoint = said["grpc"]
+        self.http_endpoint = said["http"]
         self.router_pid = said["pid"]
 
     async def _start_admin(self) -> None:
-        server = grpc.aio.server(options=SERVER_OPTIONS)
+        gates = () if self._tokens is None else (TokenGate(self._tokens),)
+        server = grpc.aio.server(interceptors=gates, options=SERVER_OPTIONS)
         servicer = AdminServicer(
             self.supervisor, self.config.model, self.config.drain_grace_s, self._until_seen
         )
         admin_pb2_grpc.add_AdminServicer_to_server(servicer, server)
-        port = server.add_insecure_port("127.0.0.1:0")
+        port = listen(server, f"{LOOPBACK}:0", None if self._front_tls is None else self._front_tls.server)
         await server.start()
         self._owned.push_async_callback(server.stop, None)
-        self.admin_endpoint = f"127.0.0.1:{port}"
+        self.admin_endpoint = f"{LOOPBACK}:{port}"
 
     async def _until_seen(self, members: Sequence[Member]) -> None:
         """Wait until the router would place on the present incarnations of `members`."""
@@ -178,7 +203,7 @@ class Cluster:
         with contextlib.suppress(TimeoutError):
             async with (
                 asyncio.timeout(READY_TIMEOUT_S),
-                grpc.aio.insecure_channel(self.router_endpoint, options=CHANNEL_OPTIONS) as channel,
+                self._connect_to_router() as channel,
             ):
                 stub = inference_pb2_grpc.InferenceStub(channel)
                 while True:
@@ -196,6 +221,10 @@ class Cluster:
         asked = ", ".join(member.worker for member in members)
         raise Unavailable(f"{seen} after {READY_TIMEOUT_S:.0f} s; it was to see {asked}")
 
+    def _connect_to_router(self) -> grpc.aio.Channel:
+        tls = None if self._front_tls is None else self._front_tls.client
+        return connect(self.router_endpoint, CHANNEL_OPTIONS, tls, self._own_token if self._tokens else None)
+
     def _start_redis(self) -> None:
         self._redis = start_redis(self.config.index.redis_url)
 
@@ -204,9 +233,21 @@ class Cluster:
             await asyncio.to_thread(self._redis.stop)
 
 
-def _require_free_port(router: RouterConfig) -> None:
+def _require_free_ports(router: RouterConfig) -> None:
     """The router runs on this machine: a port that is taken is found before anything starts."""
-    address = (router.host, router.grpc_port)
+    _require_free_port(router.host, router.grpc_port, "router.grpc_port")
+    if router.http_port is not None:
+        _require_free_port(router.host, router.http_port, "router.http_port")
+        require(
+            router.http_port == 0 or router.http_port != router.grpc_port,
+            "router.http_port",
+            router.http_port,
+            "another one than router.grpc_port",
+        )
+
+
+def _require_free_port(host: str, port: int, key: str) -> None:
+    address = (host, port)
     try:
         family = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0][0]
         socket.create_server(address, family=family).close()
@@ -215,8 +256,8 @@ def _require_free_port(router: RouterConfig) -> None:
         of_system = error.errno is not None and not isinstance(error, socket.gaierror)
         why = os.strerror(error.errno or 0) if of_system else error.strerror
         raise ConfigError(
-            f"cannot listen on {router.host}:{router.grpc_port} ({why}): choose another "
-            "router.host or router.grpc_port; port 0 picks a free one"
+            f"cannot listen on {host}:{port} ({why}): choose another router.host or {key}; port 0 picks a "
+            "free one"
         ) from error
 
 

@@ -29,8 +29,8 @@ class RayRuntime:
     """Starts or joins Ray; `stop` undoes exactly that.
 
     address None starts a Ray of our own on this machine, whose files live in one temporary folder; anything
-    else is the address of a running cluster, which we leave running. An own Ray dies with this process,
-    however that ends: the kernel kills its servers, and their children follow them.
+    else is the address of a running cluster, which we leave running. An own Ray listens on loopback only, and
+    dies with this process, however that ends: the kernel kills its servers, and their children follow them.
     """
 
     def __init__(self, address: str | None) -> None:
@@ -59,6 +59,7 @@ class RayRuntime:
 
     def _start_own(self) -> None:
         os.environ["RAY_AUTH_MODE"] = "disabled"  # no token file in the home directory
+        _spread_over_machines(False)
         short = len(tempfile.gettempdir()) <= LONGEST_FOLDER
         self._folder = tempfile.mkdtemp(prefix="pdserve-ray-", dir=None if short else "/tmp")
         self._init(
@@ -75,6 +76,7 @@ class RayRuntime:
                 f"ray_address is {address!r}: it must be host:port of a Ray cluster that this machine "
                 "belongs to, or 'auto'; Ray's remote client is not supported"
             )
+        _spread_over_machines(True)
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster with tokens is joined by its own rules
         if address != "auto":
             _probe(address)
@@ -92,6 +94,16 @@ class RayRuntime:
             )
         except Exception as error:  # Ray raises OSError, RuntimeError, ValueError and its own
             raise Unavailable(f"Ray did not start ({type(error).__name__}: {error})") from error
+
+
+def _spread_over_machines(allowed: bool) -> None:
+    """Where it is not, Ray's servers listen on loopback; by default, on Linux, on every interface.
+
+    Ray has no argument for it. It reads the variable when it is imported: here that is over, in its children
+    it is not.
+    """
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "1" if allowed else "0"
+    ray._private.ray_constants.ENABLE_RAY_CLUSTER = allowed
 
 
 def _probe(address: str) -> None:

@@ -34,7 +34,9 @@ async def _serve(cluster: Cluster, ready_file: "ReadyFile | None") -> None:
             record = cluster.ready_record()
             if ready_file is not None:
                 ready_file.write(json.dumps(record) + "\n")
-            print(f"pdserve serves {record['model']} at {record['grpc']}", file=sys.stderr, flush=True)
+            http = "" if record["http"] is None else f" and, over HTTP, {record['http']}"
+            where = f"{record['grpc']}{http}"
+            print(f"pdserve serves {record['model']} at {where}", file=sys.stderr, flush=True)
             await asyncio.Event().wait()
         finally:
             if ready_file is not None:

@@ -13,9 +13,11 @@ from pdserve.cluster.kept import Kept
 from pdserve.cluster.members import Member, MemberState, MemberTable
 from pdserve.core.channel_options import CHANNEL_OPTIONS
 from pdserve.core.errors import InvalidRequest, Unavailable, WorkerLost
+from pdserve.core.security.tls import ClientTls
 from pdserve.core.types import Role, WorkerId
 from pdserve.core.worker_record import WorkerRecord
 from pdserve.proto import worker_pb2, worker_pb2_grpc
+from pdserve.proto.connections import connect
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +30,11 @@ class Supervisor:
     What an operator asked of a member (a role weight, a drain) holds for its later incarnations too.
     """
 
-    def __init__(self, launch: Callable[[Member], Hosted]) -> None:
+    def __init__(self, launch: Callable[[Member], Hosted], tls: ClientTls | None = None) -> None:
+        """`launch` makes a worker's process, `tls` is for calls to workers."""
         self.members = MemberTable()
         self._launch = launch
+        self._tls = tls
         self._kept: dict[WorkerId, Kept] = {}
         self._stopping = False
 
@@ -118,13 +122,13 @@ class Supervisor:
         log.info("%s is ready: incarnation %s, pid %d", member.worker, record.incarnation, record.pid)
 
     async def _call_drain(self, member: Member, grace_s: float) -> int:
-        async with _stub(member) as stub:
+        async with _stub(member, self._tls) as stub:
             request = worker_pb2.DrainRequest(grace_s=grace_s)
             response = await stub.Drain(request, timeout=grace_s + CALL_TIMEOUT_S)
         return int(response.failed_requests)
 
     async def _call_role_weight(self, member: Member, role_weight: float) -> None:
-        async with _stub(member) as stub:
+        async with _stub(member, self._tls) as stub:
             request = worker_pb2.SetRoleWeightRequest(role_weight=role_weight)
             await stub.SetRoleWeight(request, timeout=CALL_TIMEOUT_S)
 
@@ -136,11 +140,11 @@ def _lost(member: Member) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _stub(member: Member) -> AsyncIterator[Any]:
+async def _stub(member: Member, tls: ClientTls | None) -> AsyncIterator[Any]:
     """Calls to a member's present incarnation. Raises WorkerLost, for whatever the call failed of."""
     assert member.record is not None
     try:
-        async with grpc.aio.insecure_channel(member.record.endpoint, options=CHANNEL_OPTIONS) as channel:
+        async with connect(member.record.endpoint, CHANNEL_OPTIONS, tls) as channel:
             yield worker_pb2_grpc.WorkerStub(channel)
     except grpc.aio.AioRpcError as error:
         raise WorkerLost(

@@ -1,18 +1,27 @@
 """What every transport owes, run on each: both halves in one process, and P's in a real child process."""
 
 import asyncio
+import atexit
 import contextlib
+import functools
 import multiprocessing
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from pdserve.core.config import SecurityConfig
+from pdserve.core.security.cluster_tls import WorkerTls
+from pdserve.core.security.dev_certs import make_certificates
+from pdserve.core.security.tls import SocketTls
 from pdserve.core.types import BlockId, HandoffId, OwnerId
 from pdserve.kvtransfer.pool.layout import KvLayout
 from pdserve.kvtransfer.pool.pool import KvPool
@@ -33,6 +42,23 @@ def content(block: int, layout: KvLayout) -> np.ndarray[Any, np.dtype[np.uint8]]
     return np.random.default_rng(block).integers(0, 256, layout.block_bytes, np.uint8)
 
 
+@functools.cache
+def certificates_of_workers() -> Path:
+    """A folder of `pdserve certs`, for "tcp+tls"."""
+    folder = Path(tempfile.mkdtemp(prefix="pdserve-certs-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    make_certificates(folder)
+    return folder
+
+
+def sockets_of(certificates: Path | None) -> SocketTls | None:
+    """Each end, and each process, loads them for itself."""
+    if certificates is None:
+        return None
+    tls = WorkerTls.load(SecurityConfig(tls_dir=str(certificates)))
+    return None if tls is None else tls.sockets
+
+
 def fill(storage: KvStorage) -> None:
     for block in range(storage.num_blocks):
         storage.bytes_view[block] = content(block, storage.layout)
@@ -41,11 +67,13 @@ def fill(storage: KvStorage) -> None:
 class Source:
     """P as the tests drive it: a filled pool behind one exporter."""
 
-    def __init__(self, transport: str, layout: KvLayout, timeout_s: float) -> None:
+    def __init__(self, transport: str, layout: KvLayout, timeout_s: float, certificates: Path | None) -> None:
         self.storage = KvStorage(layout, SOURCE_BLOCKS)
         self.pool = KvPool(layout, SOURCE_BLOCKS, self.storage.generations)
         fill(self.storage)
-        (self.exporter,) = make_exporters(self.storage, [transport], timeout_s=timeout_s)
+        (self.exporter,) = make_exporters(
+            self.storage, [transport], timeout_s=timeout_s, tls=sockets_of(certificates)
+        )
 
     async def call(self, action: str, argument: Any = None) -> Any:
         if action == "offer":
@@ -69,11 +97,13 @@ class Source:
         return None
 
 
-def child_main(pipe: Connection, transport: str, layout: KvLayout, timeout_s: float) -> None:
+def child_main(
+    pipe: Connection, transport: str, layout: KvLayout, timeout_s: float, certificates: Path | None
+) -> None:
     """P in a process of its own: (id, action, argument) in, (id, result) out."""
 
     async def run() -> None:
-        source = Source(transport, layout, timeout_s)
+        source = Source(transport, layout, timeout_s, certificates)
         loop = asyncio.get_running_loop()
         tasks: set[asyncio.Task[None]] = set()
 
@@ -166,6 +196,8 @@ class Pair:
 
 @contextlib.asynccontextmanager
 async def meet(transport: str, place: str, dtype: str, timeout_s: float) -> AsyncIterator[Pair]:
+    transport, _, way = transport.partition("+")
+    certificates = certificates_of_workers() if way == "tls" else None
     layout = KvLayout(num_layers=2, num_kv_heads=3, head_dim=8, dtype=dtype)
     source: Source | Remote
     if place == "child":
@@ -173,17 +205,19 @@ async def meet(transport: str, place: str, dtype: str, timeout_s: float) -> Asyn
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["pdserve.kvtransfer.transports.ladder"])
         ours, theirs = context.Pipe()
-        process = context.Process(target=child_main, args=(theirs, transport, layout, timeout_s), daemon=True)
+        process = context.Process(
+            target=child_main, args=(theirs, transport, layout, timeout_s, certificates), daemon=True
+        )
         process.start()
         theirs.close()
         source = Remote(process, ours)
     else:
-        source = Source(transport, layout, timeout_s)
+        source = Source(transport, layout, timeout_s, certificates)
     name, parameters, generations = await source.call("offer")
     offer = Offer(name, parameters)
     storage = KvStorage(layout, DESTINATION_BLOCKS)
     storage.bytes_view[:] = UNTOUCHED
-    importer = make_importer(offer, storage, timeout_s=timeout_s)
+    importer = make_importer(offer, storage, timeout_s=timeout_s, tls=sockets_of(certificates))
     try:
         yield Pair(transport, source, storage, importer, offer, generations)
     finally:
@@ -198,7 +232,7 @@ async def meet(transport: str, place: str, dtype: str, timeout_s: float) -> Asyn
         storage.close()
 
 
-@pytest.fixture(params=["shm", "tcp"])
+@pytest.fixture(params=["shm", "tcp", "tcp+tls"])
 def transport(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -67,6 +67,9 @@ class SlowToConnect:
             await asyncio.sleep(0.3)
         return await self._inner.get(*arguments)
 
+    async def drop(self, *peer: Any) -> None:
+        await self._inner.drop(*peer)
+
     async def close(self) -> None:
         await self._inner.close()
 
@@ -171,6 +174,9 @@ async def test_a_request_id_asked_again_while_its_first_attempt_drains_gets_its_
 
         async def get(self, *arguments: Any) -> Any:
             return StuckImporter(await self._inner.get(*arguments), stuck, release)
+
+        async def drop(self, *peer: Any) -> None:
+            await self._inner.drop(*peer)
 
         async def close(self) -> None:
             await self._inner.close()

@@ -10,15 +10,13 @@ from collections.abc import Iterator
 import grpc
 import pytest
 from parity import assert_equal_to_references, in_flight, one_at_a_time
-from references import QUICK, references
+from references import QUICK, QUICK_TOKENS, references
 from served import PDSERVE, Served
 
 from pdserve.client import AsyncClient, Client
 from pdserve.proto import admin_pb2, admin_pb2_grpc
 
 pytestmark = pytest.mark.timeout(300)
-
-TOKENS = 24
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +34,11 @@ def cluster() -> Iterator[Served]:
 
 def test_the_demo_tells_who_did_what_and_its_ledger_adds_up() -> None:
     done = subprocess.run(
-        [PDSERVE, "demo", "--json"], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=200
+        [PDSERVE, "demo", "--json", "--max-tokens", "16"],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     record = json.loads(done.stdout.splitlines()[-1])
@@ -55,9 +57,9 @@ def test_the_demo_tells_who_did_what_and_its_ledger_adds_up() -> None:
 async def test_greedy_tokens_over_ray_equal_transformers(cluster: Served) -> None:
     cases = references(QUICK)
     async with AsyncClient(cluster.target, timeout=120) as client:
-        assert_equal_to_references(await one_at_a_time(client, cases, TOKENS), cases, TOKENS)
-        again = await in_flight(client, cases, TOKENS)
-    assert_equal_to_references(again, cases, TOKENS)
+        assert_equal_to_references(await one_at_a_time(client, cases, QUICK_TOKENS), cases, QUICK_TOKENS)
+        again = await in_flight(client, cases, QUICK_TOKENS)
+    assert_equal_to_references(again, cases, QUICK_TOKENS)
     assert sum(result.route.blocks_reused for result in again) > 0
 
 
@@ -86,8 +88,8 @@ def test_a_killed_worker_comes_back_as_another_incarnation(cluster: Served) -> N
                 break
             assert time.monotonic() < deadline, cluster.log[-4000:]
             time.sleep(0.1)
-        after = client.generate(token_ids=case.prompt, max_tokens=TOKENS, ignore_eos=True)
-        assert list(after.token_ids) == case.completion[:TOKENS]
+        after = client.generate(token_ids=case.prompt, max_tokens=QUICK_TOKENS, ignore_eos=True)
+        assert list(after.token_ids) == case.completion[:QUICK_TOKENS]
         assert after.route.decode_incarnation != before.route.decode_incarnation
         cluster.record["pids"]["decode"].append(int(after.route.decode_pid or 0))
 

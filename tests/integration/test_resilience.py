@@ -242,7 +242,7 @@ async def test_a_prompt_above_the_export_share_is_prefilled_by_its_owner(
         assert client is not None
         result = await client.generate(prompt(0, 330), max_tokens=4, ignore_eos=True)
         assert result.route.prefill_worker == "decode-0"
-        assert result.route.candidates_tried == 1
+        assert result.route.candidates_tried == 0  # the router knows the share, and asks no one in vain
 
 
 async def test_an_overload_is_refused_with_a_time_to_come_back_and_leaks_nothing(
@@ -318,6 +318,9 @@ class FlipOnce:
     async def get(self, worker: WorkerId, *rest: Any) -> Flipped | None:
         found = await self._inner.get(worker, *rest)
         return None if found is None else Flipped(found, worker, self)
+
+    async def drop(self, *peer: Any) -> None:
+        await self._inner.drop(*peer)
 
     async def close(self) -> None:
         await self._inner.close()

@@ -7,11 +7,14 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
 START_TIMEOUT_S = 150.0
 STOP_TIMEOUT_S = 40.0
+TAG = "PDSERVE_TEST_TAG"
+TCP_LISTEN = "0A"
 PDSERVE = Path(sys.executable).with_name("pdserve")
 
 
@@ -19,7 +22,11 @@ class Served:
     """A running cluster. `record` is what its ready file said."""
 
     def __init__(self, *flags: str) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="pdserve-served-"))
+        # Short: Ray's sockets lie below it, and a socket's path has 107 characters at most.
+        self.folder = Path(tempfile.mkdtemp(prefix="pds-", dir="/tmp"))
+        self.temporary = self.folder / "t"
+        self.temporary.mkdir()
+        self._mark = f"{TAG}={uuid.uuid4().hex}"
         self.ready_file = self.folder / "ready.json"
         self._log = self.folder / "log"
         self._shared_before = shared_memory()
@@ -31,7 +38,12 @@ class Served:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "HOME": str(self.home)},
+                env={
+                    **os.environ,
+                    "HOME": str(self.home),
+                    "TMPDIR": str(self.temporary),
+                    **dict([self._mark.split("=")]),
+                },
             )
         try:
             self.record = self._wait_ready()
@@ -55,16 +67,31 @@ class Served:
 
     def left_behind(self) -> dict[str, Any]:
         """What an ended cluster should have taken with it, and did not; empty when all is gone."""
-        pids = [pid for group in self.record["pids"].values() for pid in group]
         deadline = time.monotonic() + 10
-        while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
+        while self.descendants() and time.monotonic() < deadline:
             time.sleep(0.05)
+        files = (self.ready_file, *self.temporary.iterdir(), *self.home.rglob("*token*"))
         found: dict[str, Any] = {
-            "processes": [pid for pid in pids if alive(pid)] + children_of(self.popen.pid),
+            "processes": [command(pid) for pid in self.descendants()],
             "shared memory": sorted(shared_memory() - self._shared_before),
-            "files": [str(path) for path in (self.ready_file, *self.home.rglob("*token*")) if path.exists()],
+            "files": [str(path) for path in files if path.exists()],
         }
         return {what: things for what, things in found.items() if things}
+
+    def descendants(self) -> list[int]:
+        """Living processes that it started, whoever adopted them since."""
+        return marked_processes(self._mark)
+
+    def listening_ports(self) -> set[int]:
+        """TCP ports on which its processes accept."""
+        inodes = {inode for pid in self.descendants() for inode in socket_inodes(pid)}
+        found = set()
+        for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
+            for line in table.read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == TCP_LISTEN and fields[9] in inodes:
+                    found.add(int(fields[1].rpartition(":")[2], 16))
+        return found
 
     def _wait_ready(self) -> dict[str, Any]:
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -84,17 +111,38 @@ def alive(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] != "Z"
 
 
-def children_of(pid: int) -> list[int]:
-    """Living processes of the session that `pid` led or started."""
+def marked_processes(mark: str) -> list[int]:
+    """Living processes with `NAME=value` in the environment that they were started with."""
     found = []
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
+        if entry.name.isdigit() and alive(int(entry.name)):
             try:
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except (FileNotFoundError, ProcessLookupError):
+                carries = mark.encode() in (entry / "environ").read_bytes().split(b"\0")
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
                 continue
-            if parent == pid and alive(int(entry.name)):
+            if carries:
                 found.append(int(entry.name))
+    return found
+
+
+def command(pid: int) -> str:
+    """For messages."""
+    try:
+        return f"{pid} " + Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ")[:300]
+    except (FileNotFoundError, ProcessLookupError):
+        return f"{pid} (ended)"
+
+
+def socket_inodes(pid: int) -> set[str]:
+    """Inodes of a process' sockets."""
+    found = set()
+    try:
+        for fd in Path(f"/proc/{pid}/fd").iterdir():
+            link = str(fd.readlink())
+            if link.startswith("socket:["):
+                found.add(link[8:-1])
+    except (FileNotFoundError, ProcessLookupError):
+        pass
     return found
 
 

@@ -14,6 +14,7 @@ from pdserve.core.config import (
     HandoffConfig,
     IndexConfig,
     RouterConfig,
+    SecurityConfig,
     ServeConfig,
     SessionConfig,
 )
@@ -46,8 +47,10 @@ class RouterSeams:
 class Stack:
     """Workers by name, one router, one client. Made by `stack`."""
 
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: ServeConfig, credentials: Mapping[str, Any] | None = None) -> None:
         self.config = config
+        self.credentials = dict(credentials or {})
+        """What clients need: `tls` and `token`."""
         self.workers: dict[str, Worker] = {}
         self.router: RouterServer | None = None
         self.view: MembershipView | None = None
@@ -55,9 +58,19 @@ class Stack:
         self._closing = contextlib.AsyncExitStack()
 
     async def add_worker(
-        self, name: str, role: Role, seams: Seams | None = None, engine: EngineConfig | None = None
+        self,
+        name: str,
+        role: Role,
+        seams: Seams | None = None,
+        engine: EngineConfig | None = None,
+        security: SecurityConfig | None = None,
+        *,
+        seen: bool = True,
     ) -> Worker:
-        """Start a worker and wait until the router sees it. `engine`: instead of what all workers have."""
+        """Start a worker and wait until the router sees it, unless `seen` is False.
+
+        `engine`, `security`: instead of what all workers have.
+        """
         config = self.config
         spec = WorkerSpec(
             worker=name,
@@ -68,12 +81,13 @@ class Stack:
             handoff=config.handoff,
             session=config.session,
             index=config.index,
+            security=security or config.security,
         )
         model = await asyncio.to_thread(ModelHost.load, spec)
         worker = Worker(spec, model, seams=seams)
         await worker.start()
         self.workers[name] = worker
-        if self.client is not None:
+        if self.client is not None and seen:
             await self.until_ready([name])
         return worker
 
@@ -94,7 +108,7 @@ class Stack:
         self.router = RouterServer(config, index, self.view, {config.model: tokenizer}, policy=policy)
         await self.router.start()
         self._closing.push_async_callback(self.router.stop, 0.2)
-        self.client = AsyncClient(f"127.0.0.1:{self.router.port}", timeout=60)
+        self.client = AsyncClient(f"127.0.0.1:{self.router.port}", timeout=60, **self.credentials)
         self._closing.push_async_callback(self.client.close)
 
     async def until_ready(self, names: Sequence[str]) -> None:
@@ -163,9 +177,10 @@ async def stack(
     seams: Mapping[str, Seams] | None = None,
     router: RouterSeams | None = None,
     engines: Mapping[str, EngineConfig] | None = None,
+    credentials: Mapping[str, Any] | None = None,
 ) -> AsyncIterator[Stack]:
     """A running stack; everything is stopped, and was at rest, at the end of the block."""
-    running = Stack(config)
+    running = Stack(config, credentials)
     try:
         for name, role in workers.items():
             await running.add_worker(name, role, (seams or {}).get(name), (engines or {}).get(name))

@@ -3,7 +3,7 @@
 import pytest
 from rich.console import Console
 
-from pdserve.client.values import Result, Route
+from pdserve.client.values import Choice, Result, Route
 from pdserve.cluster.demo import record, table
 from pdserve.core.lifecycle import Ledger
 from pdserve.core.types import FinishReason, RequestId, Usage
@@ -25,6 +25,7 @@ def result(route: Route = ROUTE) -> Result:
         text="Because.",
         token_ids=(5, 6, 7),
         finish_reason=FinishReason.STOP,
+        choices=(Choice(0, "Because.", (5, 6, 7), FinishReason.STOP, ()),),
         usage=Usage(prompt_tokens=48, completion_tokens=3, cached_tokens=0),
         ledger=Ledger(prefill=0.15, first_step=0.03).close(0.2),
         route=route,
