@@ -62,7 +62,7 @@ format: setup
 
 unit: setup
 	@echo "== unit, contract and model tests"
-	@$(PYTEST) tests/unit tests/contract tests/model
+	@$(PYTEST) -n 2 --dist loadfile tests/unit tests/contract tests/model
 
 integration: setup
 	@echo "== integration and fault tests, wheel"

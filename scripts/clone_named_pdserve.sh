@@ -9,4 +9,4 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 git clone --quiet --no-local . "$folder/pdserve"
 cd "$folder/pdserve"
-PYTHONPATH=$PWD/src "$python" -m pytest -q -p no:cacheprovider --no-header tests/unit
+PYTHONPATH=$PWD/src "$python" -m pytest -q -p no:cacheprovider --no-header -n 2 --dist loadfile tests/unit

@@ -12,6 +12,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.commands.core import AsyncScript
 from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from pdserve.core.errors import ConfigError
 from pdserve.kvtransfer.index.base import IndexUnavailable
@@ -105,7 +106,7 @@ class RedisLink:
         try:
             async with asyncio.timeout(timeout_s):
                 yield
-        except TimeoutError as error:
+        except (TimeoutError, RedisTimeoutError) as error:  # whichever of the two clocks noticed first
             raise IndexUnavailable(
                 f"redis at {self.where} gave no answer to {what} within {timeout_s:g} s"
             ) from error

@@ -18,7 +18,8 @@ pytestmark = pytest.mark.timeout(150)
 
 STREAMS = 8
 """Over gRPC, and as many over HTTP."""
-TOKENS = 400
+TOKENS = 1500
+FLOW_S = 60.0
 GRPC_POLLER_FDS = 8
 """The library's own, opened with the first channel; none per channel or call."""
 
@@ -40,7 +41,8 @@ class Load:
 
     async def until_all_flow(self) -> None:
         """Every stream has had a token."""
-        await self._flowing.wait()
+        async with asyncio.timeout(FLOW_S):
+            await self._flowing.wait()
 
     def _begin(self, name: str) -> None:
         self._begun.add(name)
@@ -50,14 +52,14 @@ class Load:
     async def _grpc(self, name: str) -> None:
         async with AsyncClient(self._served.target, timeout=120) as client:
             try:
-                stream = client.generate(
+                stream = await client.generate(
                     f"{name}: once upon", max_tokens=TOKENS, ignore_eos=True, stream=True
                 )
                 async for _ in stream:
                     self._begin(name)
                 self.ends[name] = "finished"
             except PdserveError as error:
-                self.ends[name] = type(error).__name__
+                self.ends[name] = "told" if error.retriable else repr(error)
 
     async def _http(self, name: str) -> None:
         body = {"prompt": f"{name}: once upon", "max_tokens": TOKENS, "ignore_eos": True, "stream": True}
@@ -86,18 +88,20 @@ async def test_sigterm_under_load_leaves_no_process_port_segment_or_file(tiny_mo
     own_fds = open_fds()
     load = Load(served)
     running = asyncio.create_task(load.run())
-    await load.until_all_flow()
-    ports = served.listening_ports()
-    assert {port_of(served.record["grpc"]), port_of(served.record["http"])} <= ports
-    assert await asyncio.to_thread(served.stop, signal.SIGTERM) == 0, served.log[-4000:]
+    try:
+        await load.until_all_flow()
+        ports = served.listening_ports()
+        assert {port_of(served.record["grpc"]), port_of(served.record["http"])} <= ports
+    finally:
+        status = await asyncio.to_thread(served.stop, signal.SIGTERM)
+    assert status == 0, served.log[-4000:]
     await running
     assert await asyncio.to_thread(served.left_behind) == {}
     assert not [port for port in ports if is_listening(port)]
     assert "Traceback" not in served.log, served.log[-4000:]
     # Nobody waits in vain: a stream ended by itself, or was told that a retry may help.
-    assert {load.ends[f"grpc-{i}"] for i in range(STREAMS)} <= {"finished", "Unavailable", "WorkerLost"}
-    assert {load.ends[f"http-{i}"] for i in range(STREAMS)} <= {"finished", "told"}
-    assert len(set(load.ends.values()) - {"finished"}) > 0, "the load ended before the signal"
+    assert set(load.ends.values()) <= {"finished", "told"}, load.ends
+    assert "told" in load.ends.values(), "the load ended before the signal"
     assert open_fds() <= own_fds + GRPC_POLLER_FDS
 
 

