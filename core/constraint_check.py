@@ -29,8 +29,13 @@ for minutes."""
 
 _INITIAL_FUEL: Final = 100_000
 _STEP_FUEL: Final = 50_000
-_WHITESPACE: Final = r"[\x20\x0A\x0D\x09]{1,64}"
-"""Between JSON tokens: enough to indent, and bounded, so that no model pads until max_tokens."""
+_STEP_ITEMS: Final = 10_000
+"""Of an ambiguous grammar's parse table: about 20 ms of the step that a whole batch shares."""
+_GUIDANCE: Final = "x-guidance"
+"""llguidance's own key in a schema, which is dropped: a client could set limits aside with it."""
+_ONE_LINE: Final = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""JSON as Python prints it, which models have seen most of. Where white space was free, sampling spent its
+tokens on it, and some models pad until max_tokens."""
 _LITERAL: Final = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|//[^\n]*|#[^\n]*')
 
 
@@ -49,7 +54,10 @@ def load_llguidance() -> ModuleType:
 def parser_limits() -> "LLParserLimits":
     """Bounds on the effort of compiling and of each step: a large schema takes seconds on a busy core."""
     limits: LLParserLimits = load_llguidance().LLParserLimits(
-        initial_lexer_fuel=_INITIAL_FUEL, step_lexer_fuel=_STEP_FUEL, verbose_errors=False
+        initial_lexer_fuel=_INITIAL_FUEL,
+        step_lexer_fuel=_STEP_FUEL,
+        step_max_items=_STEP_ITEMS,
+        verbose_errors=False,
     )
     return limits
 
@@ -96,7 +104,7 @@ def grammar_of(constraint: Constraint) -> str:
             case ConstraintKind.JSON_SCHEMA:
                 grammar = _schema_grammar(constraint)
             case ConstraintKind.JSON_OBJECT:
-                grammar = matcher.grammar_from_json_schema('{"type":"object"}', _json_options())
+                grammar = matcher.grammar_from_json_schema('{"type":"object"}', _ONE_LINE)
             case ConstraintKind.REGEX:
                 grammar = matcher.grammar_from_regex(source)
             case ConstraintKind.CHOICE:
@@ -107,10 +115,6 @@ def grammar_of(constraint: Constraint) -> str:
     except (ValueError, RecursionError) as error:  # also lone surrogates
         refuse(constraint, str(error))
     return grammar
-
-
-def _json_options() -> dict[str, str]:
-    return {"whitespace_pattern": _WHITESPACE}
 
 
 def _schema_grammar(constraint: Constraint) -> str:
@@ -137,8 +141,8 @@ def _schema_grammar(constraint: Constraint) -> str:
             f"it combines schemas (allOf, or keys beside $ref) and has {expressions} patterns and formats; "
             f"the limit for such is {MAX_INTERSECTED}",
         )
-    text = json.dumps(schema)
-    grammar: str = load_llguidance().LLMatcher.grammar_from_json_schema(text, _json_options())
+    schema.pop(_GUIDANCE, None)
+    grammar: str = load_llguidance().LLMatcher.grammar_from_json_schema(json.dumps(schema), _ONE_LINE)
     return grammar
 
 
@@ -161,7 +165,8 @@ def _choice_lark(constraint: Constraint) -> str:
     choices = _parse(constraint)
     if not isinstance(choices, list) or not choices or not all(isinstance(c, str) for c in choices):
         refuse(constraint, "choices are a JSON array of at least one string")
-    return "start: " + " | ".join(json.dumps(choice) for choice in choices)
+    # One terminal: as alternatives of a rule, thousands would be over the parser's limit in the first step.
+    return "start: CHOICE\nCHOICE: " + " | ".join(json.dumps(choice) for choice in choices)
 
 
 def _check_lark(constraint: Constraint) -> None:

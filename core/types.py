@@ -99,8 +99,9 @@ class SamplingParams:
     """
 
     max_tokens: int = 128
+    """A chat that does not say gets what context and pools leave, from the router."""
     temperature: float = 0.0
-    """0 is greedy."""
+    """0, and whatever is below 1e-5, is greedy."""
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0

@@ -84,6 +84,8 @@ class DecodeRequest:
     choices: tuple[Choice, ...] = field(init=False)
     live: set[SequenceId] = field(default_factory=set)
     """What the engine has of it: its choices, or the prompt before they fork."""
+    prepared: object = None
+    """What was compiled for it: held, not used, so that the engine finds it."""
     unacknowledged_since_detach: int = 0
     """Tokens of all choices."""
     cached_tokens: int = 0

@@ -5,14 +5,15 @@
                               ▲            └ not served ┐
                               └─────────────────────────┘
 
-Several choices fork when the prompt's KV is there: after the commit, or after a prefill-only sequence here.
+Several choices fork when the prompt's KV is there (choice_runs.py). A request is remembered until a router
+has read its end (request_claims.py).
 Nothing is queued here without a promise, so an Open is answered at once: it runs, or Replace.
 """
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 
 from pdserve.core.clock import Clock
@@ -27,19 +28,20 @@ from pdserve.core.errors import (
 )
 from pdserve.core.lifecycle import Lifecycle
 from pdserve.core.request_limits import promise_blocks
-from pdserve.core.types import FinishReason, OwnerId, RequestId
+from pdserve.core.types import FinishReason, RequestId, SamplingParams
 from pdserve.core.worker_record import WorkerRecord
-from pdserve.kvtransfer.handoff.consumer import Committed, DecodeHandoffs
+from pdserve.kvtransfer.handoff.consumer import DecodeHandoffs
 from pdserve.kvtransfer.pool.pool import KvPool
 from pdserve.proto import worker_pb2
 from pdserve.proto.sampling import encode_logprobs
 from pdserve.workers.candidate_walk import CandidateWalk
-from pdserve.workers.choice import Choice, ChoiceStart
-from pdserve.workers.choice_specs import choice_spec, prompt_spec
+from pdserve.workers.choice import Choice
+from pdserve.workers.choice_runs import ChoiceRuns, why_ended
 from pdserve.workers.decode_request import DecodeAsk, DecodeRequest, decode_route, describe_failure
-from pdserve.workers.dispatch import OutputDispatcher, Sink
-from pdserve.workers.engine.messages import SequenceOutput, SequenceSpec
-from pdserve.workers.prompt_fork import CopyBlocks, PromptFork
+from pdserve.workers.dispatch import OutputDispatcher
+from pdserve.workers.engine.messages import SequenceOutput
+from pdserve.workers.prompt_fork import CopyBlocks
+from pdserve.workers.request_claims import RequestClaims
 from pdserve.workers.session_link import SessionLink
 
 log = logging.getLogger(__name__)
@@ -59,6 +61,7 @@ class DecodeRole:
         record: Callable[[], WorkerRecord],
         pool: KvPool,
         copy_blocks: CopyBlocks,
+        prepare: Callable[[SamplingParams], Awaitable[object]],
         dispatcher: OutputDispatcher,
         handoffs: DecodeHandoffs,
         engine_config: EngineConfig,
@@ -66,16 +69,18 @@ class DecodeRole:
         clock: Clock,
         observer: Observer,
     ) -> None:
+        """`prepare` compiles ahead what takes long: the engine finds it while its result is held."""
         self._record = record
         self._pool = pool
         self._dispatcher = dispatcher
         self._candidates = CandidateWalk(record, pool, handoffs, clock, self._count)
-        self._prompt_fork = PromptFork(pool, copy_blocks)
+        self._runs = ChoiceRuns(pool, copy_blocks, dispatcher, self._on_output)
+        self._prepare = prepare
         self._engine_config = engine_config
         self._session = session_config
         self._clock = clock
         self._observe = observer
-        self._requests: dict[RequestId, DecodeRequest] = {}
+        self._claims = RequestClaims(session_config.reattach_s, self._abandon)
         self._ended = asyncio.Event()
         self.draining = False
         self.counters: dict[str, int] = {}
@@ -88,7 +93,7 @@ class DecodeRole:
 
         Raises ContextTooLong for what can never be promised here: no waiting helps.
         """
-        known = self._requests.get(ask.request_id)
+        known = self._claims.get(ask.request_id)
         if known is not None and known.disowned:
             # What it still holds, in the engine and in the pool, has the same names.
             return self._replace(ask, "an earlier request with its id is still ending here")
@@ -110,7 +115,7 @@ class DecodeRole:
                 ask, f"needs {needed} KV blocks; {promised} of {total} are promised to others"
             )
         self._count("opened")
-        self._requests[ask.request_id] = request
+        self._claims.add(request)
         request.listen(link)
         self._set_deadline(request)
         request.task = asyncio.create_task(self._serve(request), name=f"request-{ask.request_id}")
@@ -120,7 +125,7 @@ class DecodeRole:
 
     def attach(self, link: SessionLink, request_id: RequestId, next_index: Sequence[int]) -> None:
         """Move a request to `link` and send again what it has not seen, each choice from its `next_index`."""
-        request = self._requests.get(request_id)
+        request = self._claims.get(request_id)
         if request is None or request.disowned:
             self.refuse_attach(link, request_id)
             return
@@ -142,27 +147,27 @@ class DecodeRole:
         Without `tell` the router has forgotten the request already: it hears and acknowledges nothing, and
         the id is free as soon as the request has ended.
         """
-        request = self._requests.get(request_id)
+        request = self._claims.get(request_id)
         if request is None:
             return
         if not tell:
             request.listen(None)
-            self._disown(request)
+            self._claims.disown(request)
         self._abort(request, Cancelled(f"request {request_id} was cancelled"))
 
     def acknowledge(self, request_id: RequestId) -> None:
         """The router has read the end: forget the request."""
-        request = self._requests.get(request_id)
+        request = self._claims.get(request_id)
         if request is not None and request.finished:
-            self._forget(request)
+            self._claims.forget(request)
 
     def detach(self, link: SessionLink) -> None:
         """A session broke. Its requests go on for `reattach_s`; then those that nobody claimed end."""
         for request_id in list(link.requests):
-            request = self._requests.get(request_id)
+            request = self._claims.get(request_id)
             if request is not None and request.link is link:
                 request.listen(None)
-                self._await_claim(request)
+                self._claims.await_claim(request)
         link.requests.clear()
 
     # -- draining and ending -------------------------------------------------------------------------
@@ -183,112 +188,55 @@ class DecodeRole:
 
     def fail_all(self, error: PdserveError) -> int:
         """End every request that still runs."""
-        running = [request for request in self._requests.values() if not request.finished]
+        running = [request for request in self._claims if not request.finished]
         for request in running:
             self._abort(request, error)
         return len(running)
 
     def void(self, error: PdserveError) -> None:
         """Another incarnation begins: end every request, and let no router claim one of the old."""
-        for request in list(self._requests.values()):
-            self._disown(request)
+        for request in self._claims:
+            self._claims.disown(request)
             self._abort(request, error)
 
     def unfinished(self) -> int:
         """Requests that still run."""
-        return sum(1 for request in self._requests.values() if not request.finished)
+        return sum(1 for request in self._claims if not request.finished)
 
     def in_flight(self) -> int:
         """Requests that are remembered, finished ones that nobody acknowledged included."""
-        return len(self._requests)
+        return len(self._claims)
 
     def flush(self) -> None:
         """One frame per session for everything since the last flush."""
-        for link in {r.link for r in self._requests.values() if r.link is not None}:
+        for link in {r.link for r in self._claims if r.link is not None}:
             link.flush()
 
     # -- one request ---------------------------------------------------------------------------------
 
     async def _serve(self, request: DecodeRequest) -> None:
+        request.prepared = await self._prepare(request.ask.sampling)
         request.marks.first_open = self._clock.now()
         self._observe(Lifecycle.FIRST_OPEN, {"request": request.request_id})
         committed, attempt = await self._candidates.walk(request)
         if committed is None:
             request.served_by(self._record(), attempt, self._clock.now())
-            self._start_local(request)
         else:
             request.committed(committed, attempt)
-            self._start_committed(request, committed)
+        await self._runs.start(request, committed)
 
     def _served(self, request: DecodeRequest, task: "asyncio.Task[None]") -> None:
         """The walk is over: the engine has the request, or it ends here."""
         if task.cancelled():
             self._end(request, request.abort_reason or WorkerLost("the worker is stopping: try again"))
         elif (error := task.exception()) is not None:
-            known = isinstance(error, PdserveError)
-            log.warning("request %s failed", request.request_id, exc_info=None if known else error)
+            if request.abort_reason is None:
+                known = isinstance(error, PdserveError)
+                log.warning("request %s failed", request.request_id, exc_info=None if known else error)
             self._fail(request, request.abort_reason or from_foreign(error))
-
-    def _start_local(self, request: DecodeRequest) -> None:
-        """D's own engine prefills. Several choices wait until the prompt's KV is there, and then fork."""
-        owner, ask = OwnerId(f"local/{request.request_id}"), request.ask
-        if len(request.choices) == 1 or len(ask.token_ids) == 1:
-            self._submit_choices(
-                request, [ChoiceStart(OwnerId(f"{owner}/{choice.index}"), 0) for choice in request.choices]
-            )
-            return
-        self._submit(request, prompt_spec(ask, owner), partial(self._on_prompt, request, owner))
-
-    def _start_committed(self, request: DecodeRequest, done: Committed) -> None:
-        if len(request.choices) == 1:
-            self._submit_choices(request, [ChoiceStart(done.owner, done.num_computed)])
-        else:
-            self._fork(request, done.owner)
-
-    def _fork(self, request: DecodeRequest, source: OwnerId) -> None:
-        """The source's table has the KV of all positions but the last: every choice goes on from there."""
-        starts = self._prompt_fork.starts(source, len(request.ask.token_ids), len(request.choices))
-        self._submit_choices(request, starts)
-
-    def _submit_choices(self, request: DecodeRequest, starts: Sequence[ChoiceStart]) -> None:
-        for choice, start in zip(request.choices, starts, strict=True):
-            spec = choice_spec(request.ask, choice.index, start)
-            try:
-                self._submit(request, spec, partial(self._on_output, request, choice))
-            except BaseException:
-                for left in starts[choice.index + 1 :]:
-                    self._pool.release(left.owner)
-                raise
-
-    def _submit(self, request: DecodeRequest, spec: SequenceSpec, sink: Sink) -> None:
-        request.live.add(spec.sequence_id)
-        try:
-            self._dispatcher.submit(spec, sink)
-        except BaseException:
-            request.live.discard(spec.sequence_id)
-            self._pool.release(spec.owner)
-            raise
-
-    def _on_prompt(self, request: DecodeRequest, owner: OwnerId, output: SequenceOutput) -> None:
-        """A step of the prompt that several choices wait for; its table is ours when it ends."""
-        if output.finish_reason is None and output.error is None:
-            return
-        request.live.discard(output.sequence_id)
-        if output.finish_reason is FinishReason.LENGTH and request.abort_reason is None:
-            request.prefilled(output)
-            try:
-                self._fork(request, owner)
-            except Exception as error:
-                log.exception("request %s could not fork", request.request_id)
-                self._fail(request, from_foreign(error))
-            return
-        self._pool.release(owner)
-        self._fail(request, _why_ended(request, output))
 
     def _on_output(self, request: DecodeRequest, choice: Choice, output: SequenceOutput) -> None:
         """One sequence's part of a step. A defect in here ends this request and no other."""
-        if output.error is not None or output.finish_reason is not None:
-            request.live.discard(output.sequence_id)
         try:
             self._take(request, choice, output)
         except Exception as error:
@@ -300,7 +248,7 @@ class DecodeRole:
             self._owe(request, output.first_index)
             return
         if output.error is not None or output.finish_reason is FinishReason.ABORT:
-            self._fail(request, _why_ended(request, output))
+            self._fail(request, why_ended(request, output))
             return
         if not output.new_token_ids and not output.text and output.finish_reason is None:
             return
@@ -322,7 +270,7 @@ class DecodeRole:
         if request.finished:
             self._settle(request)
         elif not request.live:
-            self._end(request, _why_ended(request, output))
+            self._end(request, why_ended(request, output))
 
     def _owe(self, request: DecodeRequest, completion_tokens: int) -> None:
         """A preempted sequence has its blocks before new promises, also where it outgrew its own: what it
@@ -341,6 +289,9 @@ class DecodeRole:
             request.task.cancel()
         for sequence in tuple(request.live):
             self._dispatcher.abort(sequence)
+
+    def _abandon(self, request: DecodeRequest) -> None:
+        self._abort(request, WorkerLost(f"request {request.request_id}: its router did not come back"))
 
     def _fail(self, request: DecodeRequest, error: PdserveError) -> None:
         """It cannot go on: it ends when the engine has let go of the last of its sequences."""
@@ -364,34 +315,8 @@ class DecodeRole:
         request.stop_deadline()
         self._count("finished")
         self._ended.set()
-        if request.disowned:
-            self._forget(request)
-        elif not request.is_heard:
-            self._await_claim(request)
+        self._claims.settled(request)
         self._observe(Lifecycle.FINISHED, {"request": request.request_id, "tokens": request.emitted})
-
-    def _await_claim(self, request: DecodeRequest) -> None:
-        """Give routers `reattach_s` from now, or from when the last one went, to attach."""
-        if request.grace_timer is None:
-            loop = asyncio.get_running_loop()
-            request.grace_timer = loop.call_later(self._session.reattach_s, self._reap, request)
-
-    def _reap(self, request: DecodeRequest) -> None:
-        """Nobody claimed it in time."""
-        request.grace_timer = None
-        self._disown(request)
-        self._abort(request, WorkerLost(f"request {request.request_id}: its router did not come back"))
-
-    def _disown(self, request: DecodeRequest) -> None:
-        request.disowned = True
-        if request.settled:
-            self._forget(request)
-
-    def _forget(self, request: DecodeRequest) -> None:
-        request.stop_grace()
-        self._requests.pop(request.request_id, None)
-        if request.link is not None:
-            request.link.requests.discard(request.request_id)
 
     def _set_deadline(self, request: DecodeRequest) -> None:
         if request.ask.deadline is None:
@@ -412,8 +337,3 @@ class DecodeRole:
 
     def _count(self, name: str) -> None:
         self.counters[name] = self.counters.get(name, 0) + 1
-
-
-def _why_ended(request: DecodeRequest, output: SequenceOutput) -> PdserveError:
-    """What a request fails with whose sequence ended before its time."""
-    return output.error or request.abort_reason or WorkerLost("the engine is stopping: try again")

@@ -66,7 +66,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
     async def Inspect(
         self, request: worker_pb2.InspectRequest, context: object
     ) -> worker_pb2.InspectResponse:
-        return self._worker.inspect()
+        return await self._worker.inspect()
 
     async def Drain(self, request: worker_pb2.DrainRequest, context: object) -> worker_pb2.DrainResponse:
         failed = await self._worker.drain(request.grace_s)

@@ -37,13 +37,15 @@ from pdserve.workers.decode_limits import DecodeLimits
 from pdserve.workers.decode_role import DecodeRole
 from pdserve.workers.dispatch import OutputDispatcher
 from pdserve.workers.engine.client import ThreadEngineClient
-from pdserve.workers.engine.engine import Engine, EngineModel
+from pdserve.workers.engine.engine import Engine
+from pdserve.workers.engine.engine_model import EngineModel
 from pdserve.workers.engine.torch_runner import TorchRunner
 from pdserve.workers.model_host import ModelHost
 from pdserve.workers.prefill_role import EngineFiller
 from pdserve.workers.seams import Seams
 from pdserve.workers.servicer import WorkerServicer
 from pdserve.workers.spec import WorkerSpec
+from pdserve.workers.text_preparation import TextPreparation
 from pdserve.workers.worker_use import TransportUse, WorkerUse
 
 log = logging.getLogger(__name__)
@@ -88,6 +90,7 @@ class Worker:
             overbook=spec.engine.overbook,
         )
         self._perf = PerfModel()
+        self._texts = TextPreparation(model.constraints.compiled)
         self.engine = seams.engine(self._make_engine(model, seams))
         self.dispatcher = OutputDispatcher(self.engine, self._engine_failed)
         self.handoffs = self._make_handoffs(seams)
@@ -96,6 +99,7 @@ class Worker:
             record=self.record,
             pool=self.pool,
             copy_blocks=self.storage.copy_blocks,
+            prepare=self._texts.prepare,
             dispatcher=self.dispatcher,
             handoffs=self.handoffs,
             engine_config=spec.engine,
@@ -221,14 +225,15 @@ class Worker:
         )
         return worker_pb2.WorkerHeartbeat(progress=load.progress, load=described)
 
-    def inspect(self) -> worker_pb2.InspectResponse:
+    async def inspect(self) -> worker_pb2.InspectResponse:
         """A snapshot, with all books checked."""
+        integrity_error = await self._integrity_error()
         record, load, counts = self.record(), self.load(), self.pool.counts()
         handoffs, in_flight, use = self._handoff_count(), self.decode.in_flight(), self.use()
         return worker_pb2.InspectResponse(
             status=convert.worker_status(record, load, counts, handoffs, in_flight, use),
             load=convert.worker_load(record, load, counts, handoffs, in_flight, use),
-            integrity_error=self._integrity_error(),
+            integrity_error=integrity_error,
             counters=self._counters(),
         )
 
@@ -239,6 +244,7 @@ class Worker:
             eos_ids=model.tokenizer.eos_ids,
             detokenizers=model.tokenizer.detokenizer,
             constraints=model.constraints.matcher,
+            stops=self._texts.stops,
         )
         runner = seams.runner(TorchRunner(model.decoder, model.storage.tensor))
         engine = Engine(
@@ -309,10 +315,9 @@ class Worker:
         used = self._transports.get(transport, TransportUse())
         self._transports[transport] = used.plus(num_bytes, seconds)
 
-    def _integrity_error(self) -> str:
+    async def _integrity_error(self) -> str:
         try:
-            self.pool.check_integrity()
-            self.engine.check_integrity()
+            await asyncio.to_thread(self.engine.check_integrity)  # waits for a step, or two
             self.handoffs.check_integrity()
             self.prefill.check_integrity()
         except PdserveError as error:

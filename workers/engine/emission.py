@@ -1,7 +1,6 @@
 """From sampled tokens to what a sequence says: nothing of which a stop string could still take a part."""
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,10 +46,10 @@ class Emitter:
     Owned by one sequence. Its state is a function of the tokens alone, so a resume replays them.
     """
 
-    def __init__(self, detokenizer: Detokenizer, stops: Sequence[str]) -> None:
-        """`detokenizer` is a fresh one, taken over. Raises InvalidRequest for an empty stop."""
+    def __init__(self, detokenizer: Detokenizer, stops: StopAutomaton | None = None) -> None:
+        """`detokenizer` is a fresh one, taken over; `stops` may be shared."""
         self._detokenizer = detokenizer
-        self._matcher = StopMatcher(StopAutomaton(stops)) if stops else None
+        self._matcher = None if stops is None else StopMatcher(stops)
         self._held: deque[_Held] = deque()
         self._emitted_chars = 0
 

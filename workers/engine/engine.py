@@ -2,42 +2,27 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from pdserve.core.clock import Clock
 from pdserve.core.config import EngineConfig
-from pdserve.core.errors import InternalError, InvalidRequest, PdserveError, from_foreign
+from pdserve.core.errors import InternalError, PdserveError, from_foreign
 from pdserve.core.perfmodel import PerfModel, StepRecord, prefill_attention
 from pdserve.core.types import (
     BlockId,
     BlockName,
-    Constraint,
     FinishReason,
     OwnerId,
     SequenceId,
     blocks_for,
 )
 from pdserve.workers.engine.allocation import AllocationPolicy, BlockPool
-from pdserve.workers.engine.emission import Detokenizer
+from pdserve.workers.engine.engine_model import EngineModel
 from pdserve.workers.engine.limits import EngineLimits
-from pdserve.workers.engine.logit_rules import LogitRules, Matcher
 from pdserve.workers.engine.messages import EngineStats, SequenceOutput, SequenceSpec, StepOutputs
 from pdserve.workers.engine.runner import BatchSpec, ChunkSpec, ModelRunner, Sampled
 from pdserve.workers.engine.scheduler import ScheduledChunk, Scheduler
 from pdserve.workers.engine.sequence import Sequence, SequenceState
-
-
-@dataclass(frozen=True, slots=True)
-class EngineModel:
-    """What an engine knows of its model beyond the runner."""
-
-    max_positions: int
-    """Longest context, in tokens."""
-    eos_ids: frozenset[int]
-    detokenizers: Callable[[], Detokenizer]
-    """Makes a fresh one for each sequence that samples."""
-    constraints: Callable[[Constraint], Matcher] | None = None
-    """Compiles a constraint, or raises InvalidRequest; None: this engine takes none."""
 
 
 class Engine:
@@ -282,26 +267,10 @@ class Engine:
                 f"sequence {spec.sequence_id} comes with {spec.num_computed} computed positions and "
                 f"{len(table)} blocks in the table of {spec.owner}; it needs {needed}"
             )
-        detokenizer = self._model.detokenizers() if spec.sampling is not None else None
-        sequence = Sequence(spec, self._arrivals, detokenizer, self._rules(spec))
+        sequence = Sequence(spec, self._arrivals, self._model.emitter(spec), self._model.rules(spec))
         sequence.place(list(table), 0)
         self._name(spec.owner, sequence.advance(spec.num_computed))
         return sequence
-
-    def _rules(self, spec: SequenceSpec) -> LogitRules | None:
-        """Raises InvalidRequest for a constraint that does not compile, or that prior tokens break."""
-        params = spec.sampling
-        if params is None or not LogitRules.needed(params):
-            return None
-        matcher = None
-        if params.constraint is not None:
-            if self._model.constraints is None:
-                raise InvalidRequest("this model takes no constraints on its output: leave it out")
-            matcher = self._model.constraints(params.constraint)
-        prompt = len(spec.token_ids) - spec.prior_tokens
-        return LogitRules(
-            params, spec.token_ids[:prompt], spec.token_ids[prompt:], self._model.eos_ids, matcher
-        )
 
     def _name(self, owner: OwnerId, full: Iterable[tuple[BlockId, BlockName]]) -> None:
         for block, name in full:
@@ -350,7 +319,8 @@ def _step_record(chunks: tuple[ScheduledChunk, ...], seconds: float) -> StepReco
 
 
 def _preemption(sequence: Sequence) -> SequenceOutput:
-    return replace(sequence.output(), num_computed=0, preempted=True)
+    sampled = sequence.completion_tokens  # held back or not, their KV is to be computed again
+    return replace(sequence.output(), num_computed=0, first_index=sampled, preempted=True)
 
 
 def _refusal(spec: SequenceSpec, error: PdserveError) -> SequenceOutput:

@@ -58,7 +58,7 @@ class SequenceOutput:
     """One per token of `new_token_ids` where `sampling.logprobs` asks for them."""
     preempted: bool = False
     """It had to yield in this step, and waits for blocks for all its tokens: those before `first_index` and
-    the prompt. Such an output says nothing else; another one of the same step may follow it."""
+    the prompt, tokens that are held back among them. It says nothing else; another output may follow it."""
 
 
 @dataclass(frozen=True, slots=True)

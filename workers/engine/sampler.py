@@ -18,6 +18,9 @@ from pdserve.core.types import SamplingParams
 _ROWS_AT_ONCE: Final = 16
 """Bounds the float64 temporaries: about 40 bytes × vocabulary × rows."""
 
+_GREEDY_BELOW: Final = 1e-5
+"""Temperatures under it choose as 0 does, as in vLLM; logits over far smaller ones are not finite."""
+
 _MASS_SCALE: Final = float(1 << 40)
 """Probability mass is counted in integers of this unit, relative to the likeliest token. Integer sums are
 exact in every order, so no row's nucleus can depend on how a device splits a reduction over the batch."""
@@ -34,7 +37,7 @@ class SampleRequest:
     @property
     def is_greedy(self) -> bool:
         """The likeliest token wins whatever the noise."""
-        return self.params.temperature == 0.0 or self.params.top_k == 1
+        return self.params.temperature < _GREEDY_BELOW or self.params.top_k == 1
 
     @property
     def is_truncated(self) -> bool:

@@ -14,7 +14,7 @@ from pdserve.core.types import (
     blocks_for,
 )
 from pdserve.kvtransfer.names import extend
-from pdserve.workers.engine.emission import Detokenizer, Emission, Emitter
+from pdserve.workers.engine.emission import Emission, Emitter
 from pdserve.workers.engine.logit_rules import LogitRules
 from pdserve.workers.engine.messages import SequenceOutput, SequenceSpec
 
@@ -51,13 +51,11 @@ class Sequence:
         self,
         spec: SequenceSpec,
         arrival: int,
-        detokenizer: Detokenizer | None = None,
+        emitter: Emitter | None = None,
         rules: LogitRules | None = None,
     ) -> None:
-        """`arrival` is the engine's count of sequences. `detokenizer` is a fresh one; None where nothing is
-        sampled. `rules` have seen the prior tokens; None where no logit is changed.
-
-        Raises InvalidRequest for an empty stop string, or a prior token out of the vocabulary.
+        """`arrival` is the engine's count of sequences. `emitter` and `rules` have seen the prior tokens; no
+        emitter where nothing is sampled, no rules where no logit is changed.
         """
         self.spec = spec
         self.arrival = arrival
@@ -74,7 +72,7 @@ class Sequence:
         self._named_blocks = 0
         self._emitted = spec.prior_tokens
         self._stop_ids = frozenset(spec.sampling.stop_token_ids if spec.sampling is not None else ())
-        self._emitter = self._make_emitter(detokenizer)
+        self._emitter = emitter
 
     @property
     def sequence_id(self) -> SequenceId:
@@ -190,12 +188,3 @@ class Sequence:
             first_token_at=self.first_token_at,
             logprobs=said.logprobs,
         )
-
-    def _make_emitter(self, detokenizer: Detokenizer | None) -> Emitter | None:
-        """With the text of the prior tokens behind it."""
-        if self.spec.sampling is None or detokenizer is None:
-            return None
-        emitter = Emitter(detokenizer, self.spec.sampling.stop)
-        for token in self.spec.token_ids[self.prompt_tokens :]:
-            emitter.replay(token)
-        return emitter

@@ -1,11 +1,25 @@
 """What a decoder is, independent of the file format that says so."""
 
+import math
 from dataclasses import dataclass
+from typing import Final
 
 from pdserve.core.errors import ConfigError
 from pdserve.core.types import BLOCK_TOKENS
 from pdserve.workers.models.families import Family, known_models
 from pdserve.workers.models.rope_scaling import Rope
+
+_LARGEST: Final = {
+    "vocab_size": 1 << 22,
+    "hidden_size": 1 << 18,
+    "intermediate_size": 1 << 18,
+    "num_layers": 1 << 10,
+    "num_heads": 1 << 12,
+    "num_kv_heads": 1 << 12,
+    "head_dim": 1 << 12,
+    "max_position_embeddings": (1 << 31) - 1,
+}
+"""Far above any model: a larger number is a damaged file, and would be memory that nobody has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +68,8 @@ class ModelConfig:
     """Tokens that end a sequence; may be empty."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "max_position_embeddings",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{self.architecture}: {name} is {getattr(self, name)}, must be at least 1")
+        for name in _LARGEST:
+            check_size(self.architecture, name, getattr(self, name))
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"{self.architecture}: {self.num_heads} attention heads do not divide into "
@@ -73,10 +77,10 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"{self.architecture}: head_dim {self.head_dim} is odd, rotary needs pairs")
-        for name in ("attention_scale", "attention_soft_cap", "final_soft_cap"):
+        for name in ("rms_norm_eps", "attention_scale", "attention_soft_cap", "final_soft_cap"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{self.architecture}: {name} is {value}, must be above 0")
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{self.architecture}: {name} is {value}, must be above 0 and finite")
 
     @property
     def architecture(self) -> str:
@@ -90,6 +94,13 @@ class ModelConfig:
     def kv_shape(self, num_blocks: int) -> tuple[int, int, int, int, int, int]:
         """Shape of a pool's tensor: [blocks, layers, K|V, kv heads, tokens of a block, head_dim]."""
         return (num_blocks, self.num_layers, 2, self.num_kv_heads, BLOCK_TOKENS, self.head_dim)
+
+
+def check_size(source: object, name: str, value: int) -> None:
+    """Raises ConfigError for a size, by its name in ModelConfig, that no model has."""
+    if not 1 <= value <= _LARGEST[name]:
+        bound = "at least 1" if value < 1 else f"at most {_LARGEST[name]}"
+        raise ConfigError(f"{source}: {name} is {value}, must be {bound}")
 
 
 def own_window(window: int | None, context: int) -> int | None:

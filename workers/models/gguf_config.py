@@ -5,7 +5,14 @@ from typing import TypeVar
 
 from pdserve.core.errors import ConfigError
 from pdserve.core.gguf_header import GgufHeader
-from pdserve.workers.models.config import LayerKind, ModelConfig, check_special_ids, own_window, unsupported
+from pdserve.workers.models.config import (
+    LayerKind,
+    ModelConfig,
+    check_size,
+    check_special_ids,
+    own_window,
+    unsupported,
+)
 from pdserve.workers.models.families import GEMMA2, GEMMA3, GGUF_FAMILIES, SMOLLM3, Family
 from pdserve.workers.models.rope_scaling import LinearScaling, Rope
 
@@ -65,6 +72,7 @@ def config_from_gguf(header: GgufHeader) -> ModelConfig:
     if num_heads < 1:
         raise ConfigError(f"{file}: {arch}.attention.head_count is {num_heads}, must be at least 1")
     head_dim = data.integer("attention.key_length", hidden_size // num_heads)
+    check_size(file, "head_dim", head_dim)
     _refuse_what_we_do_not_compute(data, head_dim)
     vocab_size = _vocab_size(shapes, file)
     ends = _eos_token_ids(header)
@@ -97,6 +105,7 @@ def config_from_gguf(header: GgufHeader) -> ModelConfig:
 def _layers(data: _Required, family: Family) -> tuple[LayerKind, ...]:
     """What llama.cpp knows of the architecture by heart, with what the file says."""
     count, context = data.integer("block_count"), data.integer("context_length")
+    check_size(data.file, "num_layers", count)
     rope = Rope(data.number("rope.freq_base", 10000.0), _scaling(data))
     local = Rope(data.number("rope.freq_base_swa", _LOCAL_THETA)) if family is GEMMA3 else rope
     # llama3 scaling travels as the tensor rope_freqs.weight.

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import gguf
@@ -57,6 +58,7 @@ class GgufCheckpoint:
 
     def stored(self) -> Iterator[StoredTensor]:
         size = self._file.stat().st_size
+        self._refuse_overlaps()
         for tensor in self._header.tensors:
             kind = self._kind(tensor)
             num_bytes = math.prod(self._byte_shape(tensor, kind))
@@ -78,6 +80,18 @@ class GgufCheckpoint:
                 values = values - 1  # llama.cpp keeps 1 + weight
             values = self._in_halves(stored.name, values)
             yield stored.name, torch.from_numpy(np.require(values, requirements=["C", "W"]))
+
+    def _refuse_overlaps(self) -> None:
+        spans = sorted(
+            (tensor.offset, math.prod(self._byte_shape(tensor, self._kind(tensor))), tensor.name)
+            for tensor in self._header.tensors
+        )
+        for (offset, num_bytes, name), (following, _, other) in pairwise(spans):
+            if offset + num_bytes > following:
+                raise ConfigError(
+                    f"{self._file} is damaged: {name} ends at byte {offset + num_bytes}, after {other} "
+                    f"begins at {following}; download the file again"
+                )
 
     def _kind(self, tensor: GgufTensor) -> gguf.GGMLQuantizationType:
         try:

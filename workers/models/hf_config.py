@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from pdserve.core.errors import ConfigError
-from pdserve.workers.models.config import ModelConfig, check_special_ids, unsupported
+from pdserve.workers.models.config import ModelConfig, check_size, check_special_ids, unsupported
 from pdserve.workers.models.families import (
     FAMILIES,
     GEMMA,
@@ -27,6 +27,8 @@ def config_from_folder(folder: Path) -> ModelConfig:
     _refuse_what_we_do_not_compute(fields, family)
     num_heads, head_dim = _heads(fields, family)
     context = fields.integer("max_position_embeddings")
+    layers = fields.integer("num_hidden_layers")
+    check_size(fields.source, "num_layers", layers)
     biased = family.attention_bias_key and fields.boolean("attention_bias", False)
     vocab_size = fields.integer("vocab_size")
     bos = fields.token_ids("bos_token_id")
@@ -41,7 +43,7 @@ def config_from_folder(folder: Path) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=fields.integer("num_key_value_heads", num_heads),
         head_dim=head_dim,
-        layers=layers_of(fields, family, fields.integer("num_hidden_layers"), context),
+        layers=layers_of(fields, family, layers, context),
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
         max_position_embeddings=context,
         tie_word_embeddings=fields.boolean("tie_word_embeddings", family.tied_by_default),
@@ -58,9 +60,10 @@ def config_from_folder(folder: Path) -> ModelConfig:
 
 def _family(fields: JsonFields) -> Family:
     names = fields.get("architectures")
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in FAMILIES:
+    name = names[0] if isinstance(names, list) and len(names) == 1 else None
+    if not isinstance(name, str) or name not in FAMILIES:
         raise unsupported(fields.source, f"architectures {names!r}")
-    return FAMILIES[names[0]]
+    return FAMILIES[name]
 
 
 def _refuse_what_we_do_not_compute(fields: JsonFields, family: Family) -> None:
@@ -68,7 +71,7 @@ def _refuse_what_we_do_not_compute(fields: JsonFields, family: Family) -> None:
     key = "hidden_activation" if family in (GEMMA2, GEMMA3) else "hidden_act"
     named = fields.get(key)
     # Gemma's first configurations say gelu and mean its tanh form.
-    known = {None, str(family.activation)} | ({"gelu"} if family is GEMMA else set())
+    known = (None, str(family.activation), *(("gelu",) if family is GEMMA else ()))
     if named not in known:
         raise unsupported(source, f"{key} {named!r}")
     if fields.get("quantization_config") is not None:
@@ -81,7 +84,9 @@ def _heads(fields: JsonFields, family: Family) -> tuple[int, int]:
     """Heads, and the size of each."""
     num_heads, hidden_size = fields.integer("num_attention_heads"), fields.integer("hidden_size")
     if fields.get("head_dim") is not None:
-        return num_heads, fields.integer("head_dim")
+        head_dim = fields.integer("head_dim")
+        check_size(fields.source, "head_dim", head_dim)
+        return num_heads, head_dim
     if num_heads >= 1 and family.head_dim_default is not None:
         return num_heads, family.head_dim_default
     if num_heads < 1 or hidden_size % num_heads:

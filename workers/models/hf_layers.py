@@ -101,6 +101,8 @@ def _rope(fields: JsonFields, rope: JsonFields, theta: float, context: int) -> R
             raise unsupported(fields.source, f"partial_rotary_factor {owner.get('partial_rotary_factor')}")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     original = rope.integer("original_max_position_embeddings", context)
+    if original < 1:
+        raise ConfigError(f"{fields.source}: the trained context is {original} tokens, must be at least 1")
     match kind:
         # Dynamic scaling begins beyond the context, where no request is admitted.
         case "default" | "dynamic":

@@ -1,6 +1,7 @@
 """Typed reads of a model's JSON files."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,13 @@ class JsonFields:
         value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"{self.source}: {key} is {value!r}, must be a number")
-        return float(value)
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise ConfigError(f"{self.source}: {key} is {number}, must be finite")
+        return number
 
     def boolean(self, key: str, default: bool) -> bool:
         value = self._value(key, default)

@@ -1,6 +1,12 @@
-"""How rotary positions were stretched in training. Pure values; workers/models/rope.py computes with them."""
+"""How rotary positions were stretched in training. Pure values; workers/models/rope.py computes with them.
 
+All raise ConfigError for numbers that make no finite frequency.
+"""
+
+import math
 from dataclasses import dataclass
+
+from pdserve.core.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -8,6 +14,9 @@ class LinearScaling:
     """Every frequency is divided by `factor`."""
 
     factor: float
+
+    def __post_init__(self) -> None:
+        _require_above("factor", self.factor, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +31,11 @@ class Llama3Scaling:
     low_freq_factor: float
     high_freq_factor: float
     original_context: int
+
+    def __post_init__(self) -> None:
+        _require_above("factor", self.factor, 0)
+        _require_above("low_freq_factor", self.low_freq_factor, 0)
+        _require_above("high_freq_factor", self.high_freq_factor, self.low_freq_factor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +53,10 @@ class YarnScaling:
     truncate: bool
     """The ramp's ends are whole dimensions."""
 
+    def __post_init__(self) -> None:
+        for name in ("factor", "attention_factor", "beta_fast", "beta_slow"):
+            _require_above(name, getattr(self, name), 0)
+
 
 @dataclass(frozen=True, slots=True)
 class Rope:
@@ -46,3 +64,11 @@ class Rope:
 
     theta: float
     scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
+
+    def __post_init__(self) -> None:
+        _require_above("theta", self.theta, 1)
+
+
+def _require_above(name: str, value: float, low: float) -> None:
+    if not low < value < math.inf:
+        raise ConfigError(f"the model's rope has {name} {value:g}, must be above {low:g} and finite")

@@ -69,8 +69,10 @@ def _shards(folder: Path) -> dict[Path, frozenset[str] | None]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names: dict[str, set[str]] = {}
         for tensor, file in weight_map.items():
+            if not isinstance(file, str):
+                raise TypeError(f"{tensor} is in {file!r}, which is no file name")
             names.setdefault(file, set()).add(tensor)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"{index} is not a safetensors index ({type(error).__name__}: {error}): download it again"
         ) from error

@@ -3,9 +3,10 @@
 import json
 import sys
 
+import llguidance
 import pytest
 
-from pdserve.core.constraint_check import MAX_SOURCE_BYTES, check_constraint
+from pdserve.core.constraint_check import MAX_SOURCE_BYTES, check_constraint, grammar_of, parser_limits
 from pdserve.core.errors import InvalidRequest
 from pdserve.core.types import Constraint, ConstraintKind
 
@@ -49,6 +50,25 @@ RULES = "start: r0\n" + "\n".join(f"r{i}: r{i + 1}" for i in range(5000)) + '\nr
 )
 def test_what_compiles_passes(kind: ConstraintKind, source: str) -> None:
     check_constraint(Constraint(kind, source))
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a": [1, 2], "b": {"c": null}}', '{"a":[1]}', '{"a": [1]\n}', '{"a":  [1]}']
+)
+def test_json_is_on_one_line_whatever_options_the_schema_carries(text: str) -> None:
+    spaced = text == json.dumps(json.loads(text))
+    assert matches(Constraint(OBJECT, ""), text) is spaced
+    schema: dict[str, object] = {"type": "object"}
+    assert matches(Constraint(SCHEMA, json.dumps(schema)), text) is spaced
+    free = {**schema, "x-guidance": {"whitespace_flexible": True}}
+    assert matches(Constraint(SCHEMA, json.dumps(free)), text) is spaced
+
+
+def matches(constraint: Constraint, text: str) -> bool:
+    grammar, tokenizer = grammar_of(constraint), llguidance.LLTokenizer("byte", slices=[])
+    matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=parser_limits())
+    data = text.encode()
+    return matcher.try_consume_tokens(list(data)) == len(data) and matcher.is_accepting()
 
 
 @pytest.mark.parametrize(

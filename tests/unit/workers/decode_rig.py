@@ -7,9 +7,10 @@ import numpy as np
 
 from pdserve.core.clock import MonotonicClock
 from pdserve.core.config import EngineConfig, SessionConfig
-from pdserve.core.errors import PdserveError, Unavailable
+from pdserve.core.errors import InvalidRequest, PdserveError, Unavailable
 from pdserve.core.types import (
     BlockId,
+    Constraint,
     FinishReason,
     Incarnation,
     RequestId,
@@ -31,6 +32,7 @@ from pdserve.workers.decode_role import DecodeRole
 from pdserve.workers.engine.messages import SequenceOutput, SequenceSpec
 from pdserve.workers.seams import ignore
 from pdserve.workers.session_link import SessionLink
+from pdserve.workers.text_preparation import TextPreparation
 
 POOL_BLOCKS = 32
 HEADROOM = 40
@@ -186,6 +188,7 @@ class Rig:
             record=lambda: record,
             pool=self.pool,
             copy_blocks=self.copy,
+            prepare=TextPreparation(self.compile).prepare,
             dispatcher=self.engine,  # type: ignore[arg-type]
             handoffs=self.handoffs,  # type: ignore[arg-type]
             engine_config=EngineConfig(headroom_tokens=HEADROOM),
@@ -194,6 +197,11 @@ class Rig:
             observer=ignore,
         )
         self.link = SessionLink("router")
+
+    def compile(self, constraint: Constraint) -> None:
+        """Constraints with a source of "wrong" are that."""
+        if constraint.source == "wrong":
+            raise InvalidRequest("the constraint is wrong")
 
     def copy(self, sources: Sequence[BlockId], targets: Sequence[BlockId]) -> None:
         assert not self.engine.live(), "a sequence lives that could write what is copied"
@@ -208,6 +216,7 @@ class Rig:
         candidates: Sequence[str] = ("prefill-0", "prefill-1", "decode-0"),
         deadline: float | None = None,
         n: int = 1,
+        constraint: Constraint | None = None,
     ) -> worker_pb2.Replace | None:
         prompt = tuple(range(tokens))
         ask = DecodeAsk(
@@ -215,7 +224,7 @@ class Rig:
             token_ids=prompt,
             chain=chain(ROOT, prompt),
             namespace=ROOT,
-            sampling=SamplingParams(max_tokens=max_tokens, seed=SEED, n=n),
+            sampling=SamplingParams(max_tokens=max_tokens, seed=SEED, n=n, constraint=constraint),
             candidates=tuple(PrefillCandidate(worker, "p1", "127.0.0.1:2") for worker in candidates),
             deadline=deadline,
         )
@@ -226,11 +235,13 @@ class Rig:
             await self.engine.submitted.wait()
         return self.engine.specs[-1]
 
-    def prefill_prompt(self) -> None:
-        """What the engine does for a prompt whose choices wait for it."""
+    async def prefill_prompt(self) -> None:
+        """What the engine does for a prompt whose choices wait for it, until it has them."""
         (prompt,) = (spec for spec in self.engine.specs if spec.sampling is None)
         self.pool.allocate(prompt.owner, blocks_for(len(prompt.token_ids)))
+        self.engine.submitted.clear()
         self.engine.emit(prompt.sequence_id, 0, (), FinishReason.LENGTH)
+        await self.until_submitted()
 
     async def until_ended(self) -> None:
         async with asyncio.timeout(5):

@@ -1,5 +1,7 @@
 """Several choices of a request: one prompt, shared blocks, and all of them end together or one by one."""
 
+import asyncio
+
 import pytest
 from decode_rig import HEADROOM, POOL_BLOCKS, SEED, Rig
 
@@ -7,7 +9,15 @@ from pdserve.core.clock import MonotonicClock
 from pdserve.core.config import SessionConfig
 from pdserve.core.errors import GrpcCode, InternalError, WorkerLost
 from pdserve.core.seed import derive_seed
-from pdserve.core.types import FinishReason, OwnerId, RequestId, SequenceId, blocks_for
+from pdserve.core.types import (
+    Constraint,
+    ConstraintKind,
+    FinishReason,
+    OwnerId,
+    RequestId,
+    SequenceId,
+    blocks_for,
+)
 from pdserve.workers.engine.messages import SequenceSpec
 from pdserve.workers.session_link import SessionLink
 
@@ -33,7 +43,7 @@ async def test_the_promise_is_what_the_choices_hold_when_all_are_at_their_headro
     rig.open(n=n, tokens=tokens)
     await rig.until_submitted()
     if rig.engine.specs[0].sampling is None:
-        rig.prefill_prompt()
+        await rig.prefill_prompt()
     promised = rig.pool.counts().promised
     assert len(rig.engine.live()) == n
     for spec in rig.engine.specs:
@@ -71,7 +81,7 @@ async def test_a_prompt_that_ends_with_a_block_has_nothing_to_copy() -> None:
     await rig.until_submitted()
     (prompt,) = rig.engine.specs
     assert (prompt.sampling, len(prompt.token_ids), len(prompt.chain)) == (None, 16, 1)
-    rig.prefill_prompt()
+    await rig.prefill_prompt()
     tables = [rig.pool.table(spec.owner) for spec in rig.engine.specs[1:]]
     assert [len(table) for table in tables] == [2, 2, 2]
     assert rig.copies == []
@@ -198,4 +208,40 @@ async def test_tokens_without_a_router_are_bounded_for_each_choice() -> None:
     assert rig.role.unfinished() == 1
     rig.engine.emit(sequence(0), bound, (5,))
     assert rig.role.unfinished() == 0
+    rig.assert_nothing_left()
+
+
+async def test_a_cancel_in_the_middle_of_a_fork_leaves_nothing() -> None:
+    rig = Rig("ok")
+    rig.open(n=6)
+    async with asyncio.timeout(5):
+        while len(rig.copies) < 3:
+            await asyncio.sleep(0)
+    assert not rig.engine.specs
+    rig.role.cancel(RequestId("r"))
+    await rig.until_ended()
+    assert len(rig.copies) < 5
+    assert not rig.engine.specs
+    assert [item.failure.code for item in rig.items()] == [int(GrpcCode.CANCELLED)]
+    rig.assert_nothing_left()
+
+
+async def test_a_cancel_between_the_prompt_and_the_fork_leaves_nothing() -> None:
+    rig = Rig()
+    rig.open(n=3, candidates=("decode-0",))
+    (prompt,) = [await rig.until_submitted()]
+    rig.pool.allocate(prompt.owner, blocks_for(len(prompt.token_ids)))
+    rig.engine.emit(prompt.sequence_id, 0, (), FinishReason.LENGTH)
+    rig.role.cancel(RequestId("r"))  # before the request's task hears of the prompt's end
+    await rig.until_ended()
+    assert rig.engine.specs == [prompt]
+    rig.assert_nothing_left()
+
+
+async def test_a_constraint_that_does_not_compile_ends_the_request_before_anybody_prefills() -> None:
+    rig = Rig("ok")
+    rig.open(n=3, constraint=Constraint(ConstraintKind.REGEX, "wrong"))
+    await rig.until_ended()
+    assert (rig.handoffs.asked, rig.engine.specs) == ([], [])
+    assert [item.failure.code for item in rig.items()] == [int(GrpcCode.INVALID_ARGUMENT)]
     rig.assert_nothing_left()

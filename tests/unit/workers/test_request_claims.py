@@ -21,6 +21,7 @@ from pdserve.workers.decode_request import DecodeAsk, PrefillCandidate
 from pdserve.workers.decode_role import DecodeRole
 from pdserve.workers.dispatch import OutputDispatcher
 from pdserve.workers.session_link import SessionLink
+from pdserve.workers.text_preparation import TextPreparation
 
 ROOT = b"n" * 16
 R = RequestId("r")
@@ -54,6 +55,7 @@ class Rig:
             record=lambda: RECORD,
             pool=self.pool,
             copy_blocks=lambda sources, targets: None,
+            prepare=TextPreparation(lambda constraint: None).prepare,
             dispatcher=self.dispatcher,
             handoffs=None,  # type: ignore[arg-type]  # the only candidate is this worker
             engine_config=EngineConfig(headroom_tokens=64),
@@ -183,7 +185,7 @@ async def test_what_nobody_claimed_is_lost_and_not_cancelled() -> None:
     async with asyncio.timeout(5):
         while not rig.engine.aborted:
             await asyncio.sleep(0.001)
-    request = rig.role._requests[R]
+    (request,) = rig.role._claims
     assert request.abort_reason is not None
     assert request.abort_reason.retriable
     await rig.engine_let_go()

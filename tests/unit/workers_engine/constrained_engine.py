@@ -16,7 +16,8 @@ from pdserve.kvtransfer.pool.layout import KvLayout
 from pdserve.kvtransfer.pool.pool import KvPool
 from pdserve.workers.attention.batch import StepBatch
 from pdserve.workers.engine.constraint import ConstraintCompiler
-from pdserve.workers.engine.engine import Engine, EngineModel
+from pdserve.workers.engine.engine import Engine
+from pdserve.workers.engine.engine_model import EngineModel
 from pdserve.workers.engine.torch_runner import TorchRunner
 from pdserve.workers.models.decoder import Decoder
 

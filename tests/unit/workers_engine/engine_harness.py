@@ -12,7 +12,8 @@ from pdserve.core.types import BLOCK_TOKENS, OwnerId, SamplingParams, SequenceId
 from pdserve.kvtransfer.names import chain
 from pdserve.kvtransfer.pool.layout import KvLayout
 from pdserve.kvtransfer.pool.pool import KvPool
-from pdserve.workers.engine.engine import Engine, EngineModel
+from pdserve.workers.engine.engine import Engine
+from pdserve.workers.engine.engine_model import EngineModel
 from pdserve.workers.engine.messages import SequenceOutput, SequenceSpec, StepOutputs
 from pdserve.workers.engine.runner import BatchSpec, ChunkSpec, Sampled
 

@@ -7,8 +7,9 @@ from engine_harness import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pdserve.core.text.stop_matcher import StopAutomaton
 from pdserve.core.types import FinishReason, OwnerId, SamplingParams, SequenceId, TokenLogprobs
-from pdserve.workers.engine.emission import Emission
+from pdserve.workers.engine.emission import Emission, Emitter
 from pdserve.workers.engine.messages import SequenceSpec
 from pdserve.workers.engine.sequence import Sequence
 
@@ -46,7 +47,10 @@ def sequence(prior: Items[int] = (), **sampling: object) -> Sequence:
     params = SamplingParams(**{"max_tokens": 50, **sampling})  # type: ignore[arg-type]
     tokens = (1, *prior)
     spec = SequenceSpec(SequenceId("s"), OwnerId("s"), tokens, (), ROOT, params, prior_tokens=len(prior))
-    return Sequence(spec, 0, PieceDetokenizer())
+    emitter = Emitter(PieceDetokenizer(), StopAutomaton(params.stop) if params.stop else None)
+    for token in prior:
+        emitter.replay(token)
+    return Sequence(spec, 0, emitter)
 
 
 def logprobs_of(token: int, index: int) -> TokenLogprobs:

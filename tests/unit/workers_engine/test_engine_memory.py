@@ -4,7 +4,7 @@ import pytest
 from engine_harness import Harness, expected_tokens, greedy, prompt_of
 
 from pdserve.core.errors import InternalError
-from pdserve.core.types import FinishReason, OwnerId, SequenceId, blocks_for
+from pdserve.core.types import FinishReason, OwnerId, SamplingParams, SequenceId, blocks_for
 from pdserve.kvtransfer.pool.errors import PoolError
 
 
@@ -56,6 +56,23 @@ def test_each_preemption_is_announced_once_and_changes_no_token() -> None:
             assert item.first_index == len(harness.tokens(item.sequence_id))  # so many must be computed again
             assert (item.new_token_ids, item.text, item.finish_reason, item.error) == ((), "", None, None)
     assert announced == harness.engine.stats().preemptions > 0
+    for number, name in enumerate(("old", "middle", "young")):
+        assert harness.tokens(name) == expected_tokens(prompt_of(30, number), greedy(40))
+
+
+def test_a_preemption_counts_tokens_that_are_held_back() -> None:
+    """Their KV is computed again too, so they are owed room."""
+    harness = Harness(pool_blocks=6)
+    for number, name in enumerate(("old", "middle", "young")):
+        expected = expected_tokens(prompt_of(30, number), greedy(40))
+        never = "".join(f"<{token}>" for token in expected) + "!"
+        params = SamplingParams(max_tokens=40, ignore_eos=True, stop=(never,))
+        harness.submit(name, prompt_of(30, number), params)
+    while not harness.engine.stats().preemptions:
+        harness.step()
+    (said,) = [item for item in harness.steps[-1].items if item.preempted]
+    assert said.first_index > 1 == len(harness.tokens(said.sequence_id))
+    harness.run()
     for number, name in enumerate(("old", "middle", "young")):
         assert harness.tokens(name) == expected_tokens(prompt_of(30, number), greedy(40))
 

@@ -209,3 +209,9 @@ def test_a_tokenizer_that_llguidance_does_not_know_refuses_constraints_and_nothi
     )
     with pytest.raises(InvalidRequest, match="tokenizer"):
         compiler.matcher(Constraint(ConstraintKind.REGEX, "a"))
+
+
+def test_thousands_of_choices_are_one_constraint(stack: TinyStack) -> None:
+    choices = [f"item {number:05d}" for number in range(0, 90_000, 23)]
+    asks = [("x", constrained(ConstraintKind.CHOICE, json.dumps(choices), seed)) for seed in range(3)]
+    assert {story.text for story in stack.run(asks)} <= set(choices)

@@ -11,7 +11,7 @@ from engine_harness import Harness, expected_tokens, greedy, make_spec, prompt_o
 from pdserve.core.errors import ConfigError, InternalError, Unavailable
 from pdserve.core.types import FinishReason, OwnerId, SequenceId
 from pdserve.workers.engine.client import ThreadEngineClient
-from pdserve.workers.engine.messages import EngineClient, SequenceOutput, StepOutputs
+from pdserve.workers.engine.messages import EngineClient, SequenceOutput, SequenceSpec, StepOutputs
 from pdserve.workers.engine.runner import BatchSpec, Sampled
 
 
@@ -289,3 +289,26 @@ def test_a_loop_that_was_closed_under_it_ends_the_thread() -> None:
     client._thread.join(timeout=30)
     assert not client._thread.is_alive()
     assert harness.pool.owners() == ()
+
+
+async def test_many_long_sequences_are_taken_in_over_several_steps() -> None:
+    """Taking all of them at once would hold up the tokens of those that run."""
+    harness = Harness()
+    client = ThreadEngineClient(harness.engine, intake_tokens=40)
+    taken_at: list[int] = []
+    submit = harness.engine.submit
+
+    def note(spec: SequenceSpec) -> None:
+        taken_at.append(harness.engine.stats().progress)
+        submit(spec)
+
+    harness.engine.submit = note  # type: ignore[method-assign]
+    names = [f"s{number}" for number in range(5)]
+    for number, name in enumerate(names):
+        client.submit(make_spec(name, prompt_of(50 if number == 0 else 20, number), greedy(2)))
+    await client.start()
+    reader = Reader(client)
+    async with asyncio.timeout(30):
+        await reader.until_ended(*names)
+    await client.stop()
+    assert taken_at == [0, 1, 1, 2, 2]
