@@ -1,6 +1,7 @@
 """AsyncClient: everything the SDK does, written once."""
 
 import asyncio
+import math
 import random
 from collections.abc import Callable
 from types import TracebackType
@@ -10,7 +11,7 @@ import grpc
 
 from pdserve.client import convert
 from pdserve.client.async_stream import AsyncChunkStream
-from pdserve.client.channel import CHANNEL_OPTIONS
+from pdserve.client.channel import CHANNEL_OPTIONS, check_target
 from pdserve.client.errors import from_rpc_error
 from pdserve.client.request import Messages, Prompt, RequestOptions, generate_request, tokenize_request
 from pdserve.client.retry import RetryPolicy
@@ -42,7 +43,7 @@ class AsyncClient:
         tls: PEM files for an encrypted connection; True trusts the system's authorities, False is plain text.
         token: the bearer token that the cluster asks for. Without `tls` it travels in plain text.
 
-    Raises ConfigError for PEM files that are missing or wrong.
+    Raises ConfigError for PEM files that are missing or wrong, InvalidRequest for a target without a port.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class AsyncClient:
         tls: Tls | bool = False,
         token: str | None = None,
     ) -> None:
-        self._target = target
+        self._target = check_target(target)
         self._tls = load_tls(tls)
         self._token = check_token(token)
         self._timeout = timeout
@@ -178,7 +179,7 @@ class AsyncClient:
         seconds = self._timeout if timeout is None else timeout
         if seconds is None:
             return None
-        if seconds <= 0:
+        if not 0 < seconds < math.inf:
             raise InvalidRequest(f"timeout is {seconds} s: it must be above 0, or None to wait for ever")
         return called_at + seconds
 

@@ -46,7 +46,7 @@ class AsyncChunkStream:
         self._deadline = deadline
         self._policy = policy
         self._clock = clock
-        self._cancelled = False
+        self._left_early = asyncio.Event()
         self._ended = True
         self._error: PdserveError | None = None
         self._loop = asyncio.get_running_loop()
@@ -127,9 +127,13 @@ class AsyncChunkStream:
     def cancel(self) -> None:
         """End the call at the server. Does nothing once the last chunk has arrived."""
         if not self._transcript.finished:
-            self._cancelled = True
+            self._left_early.set()
         if not self._ended:
             self._call.cancel()
+
+    @property
+    def _cancelled(self) -> bool:
+        return self._left_early.is_set()
 
     def _begin(self) -> "GenerateCall":
         left = self._left()
@@ -168,12 +172,22 @@ class AsyncChunkStream:
                 raise
             raise Cancelled("the client was closed during the call") from None
 
+    async def _back_off(self, delay: float) -> None:
+        """Wait so many seconds, or until `cancel`."""
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(delay):
+                    await self._left_early.wait()
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+
     async def _retry_or_raise(self, error: PdserveError) -> None:
         """Begin another attempt, or raise what the caller is to see."""
         if not self._transcript.started:
             delay = self._policy.delay(error, self._transcript.attempts, self._left(), random.random())
             if delay is not None:
-                await asyncio.sleep(delay)
+                await self._back_off(delay)
                 if not self._cancelled:
                     try:
                         self._call = self._begin()

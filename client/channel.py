@@ -1,4 +1,6 @@
-"""Channel options: a dead server is noticed in seconds, a restarted one is found again at once."""
+"""Channels to a router: what a target is, and options that notice a dead server within seconds."""
+
+from pdserve.core.errors import InvalidRequest
 
 KEEPALIVE_TIME_MS = 10_000
 KEEPALIVE_TIMEOUT_MS = 5_000
@@ -19,3 +21,15 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", 16 * 1024 * 1024),
     ("grpc.max_send_message_length", 16 * 1024 * 1024),
 )
+
+
+def check_target(target: str) -> str:
+    """Raises InvalidRequest for what is plainly no host:port; gRPC would look for a host of that name."""
+    if "://" in target:
+        raise InvalidRequest(
+            f"the target {target!r} is a URL: write host:port of the gRPC API, without a scheme; "
+            "the HTTP API is for OpenAI's clients"
+        )
+    if ":" not in target:
+        raise InvalidRequest(f"the target {target!r} has no port: write host:port, such as 127.0.0.1:50051")
+    return target

@@ -14,6 +14,9 @@ from pdserve.core.errors import (
     from_wire,
 )
 
+_UNREACHABLE = ("failed to connect to all addresses", "errors resolving", "DNS resolution failed")
+"""How gRPC's own messages begin where there is no connection."""
+
 
 class StreamLost(WorkerLost):
     """The completion broke after its first token. `partial` holds what had arrived, all of it true."""
@@ -30,10 +33,19 @@ def from_rpc_error(error: grpc.RpcError) -> PdserveError:
     number = int(error.code().value[0])
     pairs: Any = error.trailing_metadata() or ()  # The stubs do not know that these are (key, value) pairs.
     trailing = {key: value for key, value in pairs if isinstance(value, str)}
-    mapped = from_wire(number, error.details() or error.code().name, _seconds(trailing.get(RETRY_AFTER_KEY)))
+    details = _explained(error.details() or error.code().name)
+    mapped = from_wire(number, details, _seconds(trailing.get(RETRY_AFTER_KEY)))
     if RETRIABLE_KEY in trailing:
         mapped.retriable = trailing[RETRIABLE_KEY].lower() in ("true", "1")
     return mapped
+
+
+def _explained(details: str) -> str:
+    """What gRPC itself says of a server that it cannot reach, with what to do about it."""
+    if not details.startswith(_UNREACHABLE):
+        return details
+    last = details.rpartition("last error: ")[2].removeprefix("UNKNOWN: ")
+    return f"no cluster answers ({last}): is the address right, does it run, and do both or neither use TLS?"
 
 
 def _seconds(text: str | None) -> float | None:

@@ -185,6 +185,8 @@ def _constraint(
         ConstraintKind.CHOICE: _json(None if choices is None else list(choices)),
         ConstraintKind.GRAMMAR: grammar,
     }
+    if isinstance(choices, str):
+        raise InvalidRequest("choices is one text: give a list of texts")
     given = {kind: source for kind, source in sources.items() if source is not None}
     if len(given) > 1:
         raise InvalidRequest(f"got {' and '.join(given)}: give at most one of {', '.join(ConstraintKind)}")
@@ -217,6 +219,8 @@ def _chat_message(message: ChatMessage | Mapping[str, Any]) -> pb.ChatMessage:
         }
     else:
         fields = message
+        if not isinstance(message, Mapping):
+            raise InvalidRequest(f"a message is a {type(message).__name__}: give ChatMessage or a mapping")
         says_something = "content" in message or bool(message.get("tool_calls"))
         if not set(message) <= _MESSAGE_KEYS or "role" not in message or not says_something:
             raise InvalidRequest(

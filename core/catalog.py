@@ -32,11 +32,14 @@ def resolve_model(ref: str) -> Path:
     """
     if ref == DEMO_MODEL:
         return _demo_model()
-    path = Path(ref).expanduser()
-    if path.is_file():
-        return _model_file(path)
-    if path.is_dir():
-        return _model_folder(path)
+    try:
+        path = Path(ref).expanduser()
+        if path.is_file():
+            return _model_file(path)
+        if path.is_dir():
+            return _model_folder(path)
+    except (OSError, RuntimeError) as error:  # no permission, too long a name, the home of nobody
+        raise ConfigError(f"no model {ref!r} on this machine ({error}); possible are {_POSSIBLE}") from error
     if _HUB_ID.fullmatch(ref):
         return _from_hub(ref)
     raise ConfigError(f"no model {ref!r} on this machine; possible are {_POSSIBLE}")

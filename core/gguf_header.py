@@ -15,6 +15,7 @@ from pdserve.core.errors import ConfigError
 
 _MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)
+_MOST_DIMENSIONS: Final = 4
 _ALIGNMENT: Final = 32
 """Of the tensor data, where the file does not say."""
 _STRING: Final = 8
@@ -64,7 +65,7 @@ class GgufHeader:
         try:
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return cls(path, *_HeaderReader(data).read())
-        except (OSError, ValueError, struct.error) as error:
+        except (OSError, ValueError, struct.error, RecursionError) as error:
             raise ConfigError(
                 f"cannot read the GGUF header of {path}, truncated or not GGUF: {error}; check the path or "
                 "download the model again"
@@ -152,7 +153,10 @@ class _HeaderReader:
 
     def _tensor(self) -> GgufTensor:
         name = self._string()
-        shape = tuple(self._number("Q") for _ in range(self._number("I")))
+        dimensions = self._number("I")
+        if not 1 <= dimensions <= _MOST_DIMENSIONS:
+            raise ValueError(f"tensor {name} has {dimensions} dimensions, must have 1 to {_MOST_DIMENSIONS}")
+        shape = tuple(self._number("Q") for _ in range(dimensions))
         return GgufTensor(name, shape, self._number("I"), self._number("Q"))
 
     def _value(self, kind: int) -> object:

@@ -25,14 +25,15 @@ from pdserve.proto import inference_pb2
 from pdserve.proto.sampling import decode
 from pdserve.router import validation, wire
 from pdserve.router.constraint_checks import ConstraintChecks
-from pdserve.router.dispatch import Dispatcher, Job
+from pdserve.router.dispatch import LONG_PROMPT_TOKENS, Dispatcher, Job
 from pdserve.router.gate import AdmissionGate
 from pdserve.router.pools import any_per_model, pool_of
 from pdserve.router.prompt import Chat, Prompt, TokenIds, prompt_bytes
 from pdserve.router.session_pool import SessionPool
 
 LONG_PROMPT_BYTES = 4096
-"""Longer prompts are tokenized in a thread, so that the streams of others go on."""
+"""Longer prompts are tokenized in a thread, so that the streams of others go on. So are all chats: what a
+template does with a short one is the model's author's choice."""
 
 OnEnd = Callable[[Callable[[], None]], object]
 """Registers what is to be called when the client's call is over, however it ends."""
@@ -98,8 +99,11 @@ class Intake:
         if self._gate.knows(request_id):
             raise InvalidRequest(f"request_id {request_id!r} is in use: choose another, or none")
         model = validation.check_model(request.model, self._known_models())
+        self._check_length(model, len(request.token_ids.ids))
         prompt = validation.check_prompt(wire.prompt_of(request), self._door.max_prompt_bytes)
         sampling, asked = decode(request.sampling), request.sampling.HasField("max_tokens")
+        if not asked:
+            sampling = validation.default_completion(sampling, prompt)
         check_sampling(sampling)
         async with self._gate.enter(request_id, deadline) as slot:
             if sampling.constraint is not None:
@@ -141,6 +145,11 @@ class Intake:
         """At least one model has a worker that can own requests now."""
         return any(worker.decodes for worker in self._pool.view(self._pool.records()))
 
+    def _check_length(self, model: str, token_ids: int) -> None:
+        """Refuse a long list of ids before time is spent on each of them."""
+        if token_ids > LONG_PROMPT_TOKENS:
+            validation.check_length(token_ids, validation.Limits.of(pool_of(self._pool.records(), model)))
+
     def _fit(
         self, model: str, tokens: Sequence[int], sampling: SamplingParams, asked: bool
     ) -> tuple[tuple[WorkerRecord, ...], SamplingParams, int]:
@@ -177,4 +186,6 @@ class Intake:
             encode = partial(tokenizer.encode_chat, prompt.messages, prompt.tools_json)
         else:
             encode = partial(tokenizer.encode, prompt)
-        return await asyncio.to_thread(encode) if prompt_bytes(prompt) > LONG_PROMPT_BYTES else encode()
+        if isinstance(prompt, Chat) or prompt_bytes(prompt) > LONG_PROMPT_BYTES:
+            return await asyncio.to_thread(encode)
+        return encode()

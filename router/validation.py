@@ -9,6 +9,8 @@ from pdserve.core.worker_record import WorkerRecord
 from pdserve.router.prompt import Chat, Prompt, TokenIds, prompt_bytes
 
 LONGEST_REQUEST_ID = 128
+AS_LONG_AS_FITS = 2**32 - 1
+"""More tokens than any context has: `bound_completion` makes it what fits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +21,8 @@ class Limits:
     vocab_size: int
     decode_blocks: int
     """Blocks of the largest pool that can own requests."""
+    every_decode_blocks: int
+    """Blocks that each of these pools has."""
     prefill_blocks: int | None
     """Blocks of the largest pool that prefills for others; None where owners prefill themselves."""
 
@@ -31,6 +35,7 @@ class Limits:
             context_tokens=min(record.context_tokens for record in records),
             vocab_size=min(record.vocab_size for record in records),
             decode_blocks=max(decode, default=0),
+            every_decode_blocks=min(decode, default=0),
             prefill_blocks=max(prefill, default=None),
         )
 
@@ -66,15 +71,31 @@ def check_prompt(prompt: Prompt | None, max_bytes: int) -> Prompt:
     return prompt
 
 
+def default_completion(sampling: SamplingParams, prompt: Prompt) -> SamplingParams:
+    """Without max_tokens, an answer in a chat may be as long as fits; other prompts keep the default."""
+    return replace(sampling, max_tokens=AS_LONG_AS_FITS) if isinstance(prompt, Chat) else sampling
+
+
+def check_length(prompt_tokens: int, limits: Limits) -> None:
+    """Raises ContextTooLong for a prompt that leaves no room for a completion, whatever is in it."""
+    if prompt_tokens >= limits.context_tokens:
+        raise ContextTooLong(
+            f"the prompt has {prompt_tokens} tokens, the context {limits.context_tokens}, completion "
+            "included: send a shorter prompt"
+        )
+
+
 def bound_completion(
     sampling: SamplingParams, asked: bool, prompt_tokens: int, limits: Limits
 ) -> SamplingParams:
     """The default of max_tokens shrinks to what context and decode pools leave; what was asked is refused.
 
-    Raises ContextTooLong.
+    A default that only the largest pools could hold would keep the others idle: where every pool has room for
+    an answer of common length, the default fits each. Raises ContextTooLong.
     """
     in_context = limits.context_tokens - prompt_tokens
     in_pool = limits.decode_blocks * BLOCK_TOKENS - prompt_tokens + 1  # the last token needs no room
+    in_every_pool = in_pool - (limits.decode_blocks - limits.every_decode_blocks) * BLOCK_TOKENS
     completion = sampling.max_tokens if asked else max(1, sampling.min_tokens)
     if completion > in_context:
         raise ContextTooLong(
@@ -87,7 +108,11 @@ def bound_completion(
             f"{limits.decode_blocks} blocks of {BLOCK_TOKENS} tokens: send a shorter prompt, ask for fewer "
             f"tokens or raise engine.pool_blocks"
         )
-    return sampling if asked else replace(sampling, max_tokens=min(sampling.max_tokens, in_context, in_pool))
+    if asked:
+        return sampling
+    common = max(completion, SamplingParams().max_tokens)
+    in_pools = in_every_pool if in_every_pool >= common else in_pool
+    return replace(sampling, max_tokens=min(sampling.max_tokens, in_context, in_pools))
 
 
 def check_promise(promise: int, n: int, limits: Limits) -> None:

@@ -10,9 +10,9 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pdserve.core.errors import ConfigError, InvalidRequest
+from pdserve.core.text.render_budget import BudgetedEnvironment
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class ChatTemplate:
     ) -> None:
         self.source = source
         self._special_tokens = dict(special_tokens)
-        environment = ImmutableSandboxedEnvironment(
+        environment = BudgetedEnvironment(
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"],
@@ -77,15 +77,16 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda layout: now().strftime(layout)
         try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+            self._template = environment.template(source)
+        except Exception as error:  # what jinja makes of it must compile as Python, too
             raise ConfigError(f"the model's chat template does not compile: {error}") from error
 
     def render(self, messages: Sequence[ChatMessage], tools_json: str = "") -> str:
         """The prompt text of `messages`, ending where the assistant's answer begins.
 
         `tools_json` is a JSON array of OpenAI tool definitions, empty for none.
-        Raises InvalidRequest with the template's own words when it refuses the messages.
+        Raises InvalidRequest with the template's own words when it refuses the messages, and where it takes
+        more steps or writes more than a rendering may (core/text/render_budget.py).
         """
         if not messages:
             raise InvalidRequest("a chat needs at least one message; the request has none")
@@ -99,6 +100,8 @@ class ChatTemplate:
                 documents=None,
                 **self._special_tokens,
             )
+        except InvalidRequest:
+            raise
         except Exception as error:  # the model's own code on the caller's data may raise anything
             raise InvalidRequest(f"the model's chat template refused the messages: {error}") from error
 

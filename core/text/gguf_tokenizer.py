@@ -6,7 +6,7 @@ from typing import Final
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from pdserve.core.errors import ConfigError
+from pdserve.core.errors import ConfigError, PdserveError
 from pdserve.core.gguf_header import GgufHeader
 from pdserve.core.text.gguf_sentencepiece import sentencepiece_tokenizer
 
@@ -65,8 +65,19 @@ class GgufVocabulary:
 def build_tokenizer(metadata: GgufHeader) -> Tokenizer | None:
     """The tokenizer that the header describes: byte-level BPE, or Gemma's; None where it is of another kind.
 
-    Raises ConfigError when the header names such a tokenizer but lacks its tables.
+    Raises ConfigError when the header names such a tokenizer but its tables are missing or contradict.
     """
+    try:
+        return _build(metadata)
+    except PdserveError:
+        raise
+    except Exception as error:  # the library raises bare Exception
+        raise ConfigError(
+            f"no tokenizer can be built from {metadata.path}: {error}; download the file again"
+        ) from error
+
+
+def _build(metadata: GgufHeader) -> Tokenizer | None:
     if metadata.string("tokenizer.ggml.model") == "llama" and (
         metadata.string("general.architecture") == "gemma"  # which transformers cannot read
     ):
@@ -106,13 +117,15 @@ def read_vocabulary(metadata: GgufHeader) -> GgufVocabulary:
     named: dict[str, str] = {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         token_id = metadata.integer(f"tokenizer.ggml.{key}_token_id")
-        if token_id is not None and token_id < len(tokens):
+        if token_id is not None and 0 <= token_id < len(tokens):
             named[f"{name}_token"] = tokens[token_id]
     ends = (metadata.integer(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom"))
     return GgufVocabulary(
         chat_template=metadata.string("tokenizer.chat_template"),
         special_tokens=named,
-        eos_ids=frozenset(token_id for token_id in ends if token_id is not None and token_id < len(tokens)),
+        eos_ids=frozenset(
+            token_id for token_id in ends if token_id is not None and 0 <= token_id < len(tokens)
+        ),
     )
 
 
@@ -169,7 +182,7 @@ def _set_template(
         "eos": bool(metadata.flag("tokenizer.ggml.add_eos_token")),
     }
     ids = {name: metadata.integer(f"tokenizer.ggml.{name}_token_id") for name in wanted if wanted[name]}
-    around = {name: i for name, i in ids.items() if i is not None and i < len(tokens)}
+    around = {name: i for name, i in ids.items() if i is not None and 0 <= i < len(tokens)}
     if not around:
         return
     single = [tokens[around["bos"]]] if "bos" in around else []

@@ -46,7 +46,10 @@ class HfFolder:
         """The template's source: chat_template.jinja first, then the entry of tokenizer_config.json."""
         file = self.path / "chat_template.jinja"
         if file.is_file():
-            return file.read_text(encoding="utf-8")
+            try:
+                return file.read_text(encoding="utf-8")
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"{file} cannot be read as a text: {error}; download it again") from error
         entry = self._config.get("chat_template")
         if isinstance(entry, list):
             named = {item.get("name"): item.get("template") for item in entry if isinstance(item, dict)}
@@ -65,19 +68,20 @@ class HfFolder:
 
     def eos_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
         """Ids that end a sequence: the tokenizer's, with those of generation_config.json or config.json."""
-        ids: set[int] = set()
+        ids: list[object] = []
         text = self.special_tokens().get("eos_token")
         own = tokenizer.token_to_id(text) if text is not None else None
         if own is not None:
-            ids.add(own)
+            ids.append(own)
         for name in ("generation_config.json", "config.json"):
             entry = self._read_json(name).get("eos_token_id")
             if entry is not None:
-                ids.update(entry if isinstance(entry, list) else [entry])
+                ids += entry if isinstance(entry, list) else [entry]
                 break
-        if not all(isinstance(token_id, int) for token_id in ids):
+        numbers = [number for number in ids if isinstance(number, int) and not isinstance(number, bool)]
+        if len(numbers) < len(ids):
             raise ConfigError(f"{self.path}: eos_token_id must be a number or a list of numbers, got {ids}")
-        return frozenset(ids)
+        return frozenset(numbers)
 
     def _without_rowless_tokens(self, tokenizer: Tokenizer, file: Path) -> Tokenizer:
         """Drop special tokens that the embedding has no row for.
@@ -120,7 +124,7 @@ class HfFolder:
             return {}
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"{file} is not JSON ({error}): download it again") from error
         if not isinstance(content, dict):
             raise ConfigError(f"{file} holds a {type(content).__name__}, expected an object")

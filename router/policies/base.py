@@ -20,6 +20,8 @@ class PlacementRequest:
     """Leading prompt blocks that each worker holds, as far as the index knows. A hint."""
     refused: frozenset[WorkerId] = frozenset()
     """Decode workers that answered Replace to this request."""
+    longest_blocks: int = 0
+    """Blocks of one choice that comes to its max_tokens: a smaller pool refuses the request for good."""
 
 
 @dataclass(frozen=True, slots=True)

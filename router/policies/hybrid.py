@@ -52,7 +52,7 @@ class _Decode:
     most_context: int
 
     def accepts(self, worker: WorkerView) -> bool:
-        fits = self.request.promise_blocks <= worker.record.pool_blocks
+        fits = max(self.request.promise_blocks, self.request.longest_blocks) <= worker.record.pool_blocks
         return worker.decodes and fits and worker.worker not in self.request.refused
 
     def score(self, worker: WorkerView) -> float:

@@ -91,6 +91,8 @@ async def test_every_form_of_prompt_and_every_option_reaches_the_server(server: 
         ({"token_ids": [-1]}, "cannot be encoded"),
         ({"prompt": "a", "max_tokens": -1}, "cannot be encoded"),
         ({"prompt": "a", "timeout": 0.0}, "above 0"),
+        ({"prompt": "a", "timeout": float("nan")}, "above 0"),
+        ({"messages": "hello"}, "a message is a str"),
     ],
 )
 async def test_a_wrong_request_is_refused_before_it_is_sent(
@@ -259,6 +261,26 @@ async def test_cancel_from_another_task_ends_a_waiting_reader_quietly(server: Fa
         stream.cancel()
         assert await reader is None
         assert await ended(server)
+
+
+@pytest.mark.parametrize("how", ["the stream", "the reader"])
+async def test_a_cancel_does_not_wait_for_the_next_attempt(server: FakeInference, how: str) -> None:
+    server.plays.append(failing(grpc.StatusCode.UNAVAILABLE, retry_after_s="3600"))
+    async with AsyncClient(server.target) as client:
+        stream = await client.generate("hello", stream=True)
+        reader = asyncio.create_task(stream.read())
+        assert await ended(server)
+        async with asyncio.timeout(20):
+            if how == "the stream":
+                stream.cancel()
+                assert await reader is None
+            else:
+                reader.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await reader
+        with pytest.raises(Cancelled):
+            stream.result()
+    assert len(server.requests) == 1
 
 
 async def test_a_cancelled_task_takes_its_call_with_it(server: FakeInference) -> None:

@@ -87,6 +87,7 @@ def test_a_chat_carries_tools_and_what_they_answered() -> None:
     ("options", "complaint"),
     [
         ({"prompt": "a", "regex": "a", "choices": ["a"]}, "regex and choice: give at most one"),
+        ({"prompt": "a", "choices": "yes"}, "choices is one text"),
         ({"prompt": "a", "tools": []}, "tools without messages"),
         ({"messages": [{"role": "assistant"}]}, "role and content"),
         ({"messages": [{"role": "user", "content": "a", "mood": "good"}]}, "mood"),

@@ -170,7 +170,13 @@ def test_a_truncated_gguf_is_a_config_error(gguf_path: Path, tmp_path: Path, siz
         Tokenizer.load(broken)
 
 
-def write_gguf(path: Path, pre: str, *, add_bos: bool | None = None) -> None:
+def write_gguf(
+    path: Path,
+    pre: str,
+    *,
+    add_bos: bool | None = None,
+    merges: tuple[str, ...] = ("1 2", "12 3", "123 4", "Ġ Ġ"),
+) -> None:
     from gguf import GGUFWriter, TokenType
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -179,7 +185,7 @@ def write_gguf(path: Path, pre: str, *, add_bos: bool | None = None) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
-    writer.add_token_merges(["1 2", "12 3", "123 4", "Ġ Ġ"])
+    writer.add_token_merges(merges)
     writer.add_token_types([TokenType.NORMAL] * (len(tokens) - 2) + [TokenType.CONTROL] * 2)
     writer.add_bos_token_id(len(tokens) - 2)
     writer.add_eos_token_id(len(tokens) - 1)
@@ -252,6 +258,31 @@ def test_generation_config_adds_ends(folder: Path) -> None:
     assert Tokenizer.load(folder).eos_ids == {257, 5, 6}
 
 
+def test_a_merge_of_unknown_tokens_is_a_config_error(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, "gpt-2", merges=("1 nowhere",))
+    with pytest.raises(ConfigError, match=r"no tokenizer can be built from .*tiny\.gguf"):
+        Tokenizer.load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("generation_config.json", b'{"eos_token_id": {"a": 1}}', "eos_token_id must be a number"),
+        ("generation_config.json", b'{"eos_token_id": [[1]]}', "eos_token_id must be a number"),
+        ("generation_config.json", b'{"eos_token_id": true}', "eos_token_id must be a number"),
+        ("tokenizer_config.json", b"[" * 100_000, "is not JSON"),
+        ("chat_template.jinja", b"\xff\xfe", "cannot be read as a text"),
+        ("chat_template.jinja", b"{% if a %}" * 3000, "does not compile"),
+        ("chat_template.jinja", b"{% for a in a %}" * 30 + b"{% endfor %}" * 30, "does not compile"),
+    ],
+)
+def test_hostile_files_are_config_errors(folder: Path, name: str, content: bytes, message: str) -> None:
+    (folder / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        Tokenizer.load(folder)
+
+
 def test_missing_and_broken_files_are_config_errors(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         Tokenizer.load(tmp_path / "nowhere")
@@ -321,6 +352,40 @@ def test_templates_have_the_usual_tools() -> None:
 def test_a_template_cannot_leave_its_sandbox(source: str) -> None:
     with pytest.raises(InvalidRequest, match="unsafe"):
         ChatTemplate(source, {}).render(USER)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "{% set r = range(999) %}{% for a in r %}{% for b in r %}{% for c in r %}{% endfor %}{% endfor %}"
+            "{% endfor %}",
+            "steps",
+        ),
+        ("{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}", "steps"),
+        ("{% for a in 'x' * 2000000 %}{% endfor %}", "steps"),
+        (
+            "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(50) }}",
+            "steps",
+        ),
+        ("{% for a in range(1000) %}{{ 'x' * 100000 }}{% endfor %}", "characters"),
+    ],
+    ids=["nested loops", "nested ranges", "a long text", "macros", "output"],
+)
+def test_a_template_that_runs_away_is_stopped(source: str, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        ChatTemplate(source, {}).render(USER)
+
+
+def test_a_budget_is_for_one_rendering_and_loops_are_as_ever() -> None:
+    template = ChatTemplate(
+        "{% for a in range(200) %}{% for b in range(1000) %}{% endfor %}{% endfor %}"
+        "{% for m in messages %}{{ loop.length }}{{ loop.last }}{{ loop.index0 }}{% endfor %}"
+        "{% for k, v in {'a': 1}.items() if v %}{{ k }}{% else %}none{% endfor %}"
+        "{% for x in nothing %}{% endfor %}",
+        {},
+    )
+    assert {template.render(USER * 2) for _ in range(3)} == {"2False02True1a"}
 
 
 def test_a_template_cannot_change_the_messages() -> None:

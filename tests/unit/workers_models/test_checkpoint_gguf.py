@@ -1,5 +1,6 @@
 """Reading GGUF files as llama.cpp's converter writes them."""
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -219,3 +220,38 @@ def test_a_truncated_file_is_named(tmp_path: Path, keep: float) -> None:
     path.write_bytes(data[: int(keep * len(data))])
     with pytest.raises(ConfigError, match=r"m\.gguf, truncated or not GGUF"):
         Decoder.load(path)
+
+
+HUGE = (1 << 62).to_bytes(8, "little")
+
+
+@pytest.mark.parametrize(
+    ("behind", "skipped", "patch", "message"),
+    [
+        (b"llama.block_count", 4, (4_000_000_000).to_bytes(4, "little"), "num_layers is 4000000000"),
+        (b"llama.attention.key_length", 4, bytes(4), "head_dim is 0"),
+        (b"token_embd.weight", 0, bytes(4), "0 dimensions"),
+        (b"token_embd.weight", 4, HUGE + HUGE, "vocab_size is 4611686018427387904"),
+        (b"token_embd.weight", 24, (3 << 62).to_bytes(8, "little"), "ends at byte"),
+        (b"blk.1.attn_norm.weight", 16, bytes(8), "is damaged: .* begins at"),
+    ],
+    ids=["layers", "head size", "dimensions", "vocabulary", "past the end", "overlap"],
+)
+def test_a_damaged_header_is_a_clear_error_and_no_allocation(
+    tmp_path: Path, behind: bytes, skipped: int, patch: bytes, message: str
+) -> None:
+    path = write_gguf(tmp_path / "m.gguf", plain_llama())
+    data = path.read_bytes()
+    at = data.index(behind) + len(behind) + skipped
+    path.write_bytes(data[:at] + patch + data[at + len(patch) :])
+    with pytest.raises(ConfigError, match=message):
+        Decoder.load(path)
+
+
+def test_arrays_nested_without_end_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    key = struct.pack("<Q", 1) + b"k"
+    nest = struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + key + nest)
+    with pytest.raises(ConfigError, match=r"m\.gguf, truncated or not GGUF"):
+        load_config(path)

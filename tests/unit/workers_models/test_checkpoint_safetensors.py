@@ -121,7 +121,19 @@ def test_a_tensor_that_its_shard_lacks_is_named(tmp_path: Path) -> None:
         Decoder.load(folder)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": {"a": "../b.safetensors"}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"weight_map": {"a": "../b.safetensors"}}',
+        '{"weight_map": {"a": 5}}',
+        '{"weight_map": {"a": null}}',
+        "[" * 100_000,
+    ],
+    ids=["cut", "list", "empty", "outside", "number", "null", "deep"],
+)
 def test_a_broken_index_is_named(tmp_path: Path, content: str) -> None:
     folder, _ = sharded(tmp_path)
     (folder / "model.safetensors.index.json").write_text(content)

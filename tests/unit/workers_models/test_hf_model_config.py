@@ -24,6 +24,8 @@ BASE: dict[str, Any] = {
     "hidden_act": "silu",
 }
 SCALING = Llama3Scaling(8.0, 1.0, 4.0, 64)
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 
 def only_rope(config: ModelConfig) -> Rope:
@@ -162,6 +164,21 @@ def test_what_the_decoder_would_compute_wrongly_is_refused(
         ({"eos_token_id": "</s>"}, "must be a token id"),
         ({"rope_scaling": [1]}, "must be an object"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is missing"),
+        ({"num_hidden_layers": 10**10}, "num_layers is 10000000000, must be at most"),
+        ({"vocab_size": 10**30}, "vocab_size is 10+, must be at most"),
+        ({"max_position_embeddings": 10**30}, "max_position_embeddings is 10+, must be at most"),
+        ({"head_dim": -2}, "head_dim is -2, must be at least 1"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps is 0"),
+        ({"rope_theta": 10**400}, "rope_theta is inf, must be finite"),
+        ({"rope_theta": float("nan")}, "rope_theta is nan, must be finite"),
+        ({"rope_theta": 0}, "theta 0, must be above 1"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor 0, must be above 0"),
+        ({"rope_scaling": {**LLAMA3, "low_freq_factor": 0}}, "low_freq_factor 0, must be above 0"),
+        ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1}}, "high_freq_factor 1, must be above 1"),
+        ({"rope_scaling": {**YARN, "original_max_position_embeddings": 0}}, "trained context is 0 tokens"),
+        ({"rope_scaling": {**YARN, "factor": -1}}, "factor -1, must be above 0"),
+        ({"architectures": [{}]}, "architectures"),
+        ({"hidden_act": ["silu"]}, "hidden_act"),
     ],
 )
 def test_wrong_numbers_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -35,7 +35,9 @@ def test_a_folder_with_one_gguf_file_means_that_file(tmp_path: Path) -> None:
         resolve_model(str(tmp_path))
 
 
-@pytest.mark.parametrize("ref", ["/does/not/exist", "smollm3", "./a/b/c", ""])
+@pytest.mark.parametrize(
+    "ref", ["/does/not/exist", "smollm3", "./a/b/c", "", "~nobody-of-that-name/x", "a" * 5000]
+)
 def test_an_unknown_name_lists_what_is_possible(
     ref: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
