@@ -131,10 +131,14 @@ class _WorkerGauges(Collector):
         def gauge(name: Metric, text: str, *labels: str) -> GaugeMetricFamily:
             return GaugeMetricFamily(f"{NAMESPACE}_{name}", text, labels=labels)
 
-        running = gauge(Metric.WORKER_RUNNING, "Sequences in the worker's batch.", "worker")
-        waiting = gauge(Metric.WORKER_WAITING, "Sequences that wait at the worker.", "worker")
-        usage = gauge(Metric.KV_USAGE, "Blocks in use, of all.", "worker")
-        blocks = gauge(Metric.KV_BLOCKS, "Blocks by state.", "worker", "state")
+        running = gauge(
+            Metric.WORKER_RUNNING, "Sequences in the worker's batch, as of its last heartbeat.", "worker"
+        )
+        waiting = gauge(
+            Metric.WORKER_WAITING, "Sequences that wait at the worker, as of its last heartbeat.", "worker"
+        )
+        usage = gauge(Metric.KV_USAGE, "Blocks in use, of all, as of the last heartbeat.", "worker")
+        blocks = gauge(Metric.KV_BLOCKS, "Blocks by state, as of the last heartbeat.", "worker", "state")
         for worker in self._intake.status().workers:
             running.add_metric([worker.worker], worker.running)
             waiting.add_metric([worker.worker], worker.waiting)

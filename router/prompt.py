@@ -31,7 +31,11 @@ def prompt_bytes(prompt: Prompt) -> int:
         case TokenIds(ids):
             return 4 * len(ids)
         case Chat(messages, tools_json):
-            texts = (t for m in messages for t in (m.role, m.content, m.name, m.tool_calls_json))
+            texts = (
+                text
+                for m in messages
+                for text in (m.role, m.content, m.name, m.tool_call_id, m.tool_calls_json)
+            )
             return _bytes(tools_json) + sum(map(_bytes, texts))
         case text:
             return _bytes(text)

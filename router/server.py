@@ -9,7 +9,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
-from pdserve.core.channel_options import MAX_MESSAGE_BYTES, SERVER_OPTIONS
+from pdserve.core.channel_options import FRONT_SERVER_OPTIONS, MAX_MESSAGE_BYTES
 from pdserve.core.clock import Clock, MonotonicClock
 from pdserve.core.config import ServeConfig
 from pdserve.core.errors import ConfigError
@@ -135,7 +135,8 @@ class RouterServer:
         """Listen, and connect to the workers. Raises ConfigError when a port is taken."""
         # Above the limit, so that a prompt somewhat too long is refused by us, with both numbers.
         longest = max(MAX_MESSAGE_BYTES, 2 * self._config.router.max_prompt_bytes)
-        options = dict(SERVER_OPTIONS) | {"grpc.max_receive_message_length": longest, "grpc.so_reuseport": 0}
+        limits = {"grpc.max_receive_message_length": longest, "grpc.so_reuseport": 0}
+        options = dict(FRONT_SERVER_OPTIONS) | limits
         interceptors: list[grpc.aio.ServerInterceptor] = [RefuseMalformed(INFERENCE)]
         if self.tokens is not None:
             interceptors.insert(0, TokenGate(self.tokens))

@@ -6,7 +6,6 @@ before the first byte to the application's handlers, which make a status of it.
 
 import asyncio
 import contextlib
-import json
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -21,7 +20,6 @@ from pdserve.router.openai.generation import Generation
 DONE = b"data: [DONE]\n\n"
 
 _EVENT_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-
 
 LINGER_S = 1.0
 """How long a client may go on sending a body that was refused."""
@@ -44,7 +42,9 @@ class Whole(Protocol):
 
     def add(self, prompt: int, chunk: pb.GenerateChunk) -> None: ...
 
-    def answer(self, usage: Mapping[str, Any]) -> Mapping[str, Any]: ...
+    def answer(self, usage: Mapping[str, Any]) -> bytes:
+        """As JSON."""
+        ...
 
 
 class EventAnswer(Response):
@@ -104,8 +104,7 @@ class WholeAnswer(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with UntilClientLeaves(receive):
             await self._generation.run(self._add)
-        answer = self._whole.answer(self._generation.usage())
-        self.body = json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode()
+        self.body = self._whole.answer(self._generation.usage())
         self.init_headers({"x-request-id": self._request_id})
         await super().__call__(scope, receive, send)
 

@@ -18,6 +18,7 @@ from pdserve.router.openai.completions import answer_completion
 from pdserve.router.openai.document import describe, request_body
 from pdserve.router.openai.errors import (
     BodyTooLarge,
+    BodyTooSlow,
     ClientLeft,
     ErrorAnswer,
     WrongContentType,
@@ -33,6 +34,7 @@ from pdserve.router.openai.service_routes import add_service_routes
 _ERRORS: Final[dict[int | str, dict[str, Any]]] = {
     400: {"model": ErrorAnswer, "description": "A field is wrong, or the request can never fit."},
     404: {"model": ErrorAnswer, "description": "No such model."},
+    408: {"model": ErrorAnswer, "description": "The body came too slowly."},
     413: {"model": ErrorAnswer, "description": "The body is larger than router.max_body_bytes."},
     415: {"model": ErrorAnswer, "description": "The body is not application/json."},
     429: {"model": ErrorAnswer, "description": "Shed; Retry-After says when to try again."},
@@ -100,7 +102,9 @@ def _add_generation_routes(app: FastAPI, gateway: Gateway) -> None:
 
 async def _error(request: Request, error: Exception) -> Response:
     ours = known(error)
-    kind = LingeringAnswer if isinstance(ours, BodyTooLarge | WrongContentType) else JSONResponse
+    kind = (
+        LingeringAnswer if isinstance(ours, BodyTooLarge | BodyTooSlow | WrongContentType) else JSONResponse
+    )
     return kind(body_of(ours), status_of(ours), headers_of(ours))
 
 

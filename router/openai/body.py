@@ -1,23 +1,34 @@
 """A request's JSON body: read up to a limit, parsed and checked in one pass."""
 
+import asyncio
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
 from pdserve.core.errors import InvalidRequest
-from pdserve.router.openai.errors import BadField, BodyTooLarge, ClientLeft, WrongContentType
+from pdserve.router.openai.errors import BadField, BodyTooLarge, BodyTooSlow, ClientLeft, WrongContentType
 from pdserve.router.openai.fields import BRANCH
+
+BODY_TIMEOUT_S = 60.0
+"""From the end of the headers to that of the body."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
 async def parse_body(request: Request, kind: type[Model], max_bytes: int) -> Model:
-    """The body as a `kind`. Raises WrongContentType, BodyTooLarge, InvalidRequest, BadField or ClientLeft."""
+    """The body as a `kind`.
+
+    Raises WrongContentType, BodyTooSlow, InvalidRequest, BadField, and as `read_body`.
+    """
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media != "application/json" and not (media.startswith("application/") and media.endswith("+json")):
         raise WrongContentType(f"the content type is {media!r}: send application/json")
-    data = await read_body(request, max_bytes)
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            data = await read_body(request, max_bytes)
+    except TimeoutError:
+        raise BodyTooSlow(f"the body did not end within {BODY_TIMEOUT_S:g} s: send it faster") from None
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:

@@ -2,13 +2,14 @@
 
 import json
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from json.encoder import encode_basestring as quote
 from typing import Any
 
 from starlette.responses import Response
 
+from pdserve.core.request_limits import RANGES
 from pdserve.proto import inference_pb2 as pb
 from pdserve.router.openai.answers import EventAnswer, WholeAnswer
 from pdserve.router.openai.chat_prompt import chat_of
@@ -17,7 +18,7 @@ from pdserve.router.openai.errors import BadField
 from pdserve.router.openai.gateway import Gateway
 from pdserve.router.openai.heading import Heading
 from pdserve.router.openai.logprobs import ChatLogprobs
-from pdserve.router.openai.sampling import set_constraint, to_sampling
+from pdserve.router.openai.sampling import check_range, set_constraint, to_sampling
 from pdserve.router.openai.tool_calls import CallDelta, Delta, ToolCallParser
 from pdserve.router.openai.tool_choice import call_constraint, demanded, may_call
 
@@ -29,7 +30,10 @@ def answer_chat(gateway: Gateway, fields: ChatRequest) -> Response:
     """Raises InvalidRequest for what can be told before anything runs."""
     if fields.top_logprobs is not None and not fields.logprobs:
         raise BadField("top_logprobs", "top_logprobs is set and logprobs is not: set logprobs to true")
-    most = fields.max_tokens if fields.max_completion_tokens is None else fields.max_completion_tokens
+    most = fields.max_tokens
+    if fields.max_completion_tokens is not None:
+        most = fields.max_completion_tokens
+        check_range("max_completion_tokens", most, dict(RANGES)["max_tokens"])
     logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
     sampling = to_sampling(fields, max_tokens=most, logprobs=logprobs)
     must_call = demanded(fields)
@@ -65,8 +69,11 @@ class _Form:
     """Makes one for each choice; None where no call can come."""
     logprobs: ChatLogprobs | None
 
-    def positions(self, chunk: pb.GenerateChunk) -> list[dict[str, Any]]:
-        return self.logprobs.entries(chunk.logprobs) if self.logprobs is not None else []
+    def positions(self, chunk: pb.GenerateChunk) -> str:
+        return self.logprobs.piece(chunk.logprobs) if self.logprobs is not None else ""
+
+    def logprobs_json(self, pieces: Iterable[str]) -> str:
+        return "null" if self.logprobs is None else self.logprobs.join(pieces)
 
 
 class _Calls:
@@ -118,9 +125,7 @@ class ChatEvents:
         if index not in self._begun:
             self._begun.add(index)
             delta = f'"role":"assistant"{"," if delta else ""}{delta}'
-        logprobs = "null"
-        if form.logprobs is not None:
-            logprobs = json.dumps({"content": form.positions(chunk), "refusal": None})
+        logprobs = form.logprobs_json([form.positions(chunk)])
         finish = f'"{reason}"' if reason else "null"
         choice = f'{{"index":{index},"delta":{{{delta}}},"logprobs":{logprobs},"finish_reason":{finish}}}'
         return f'{self._head}"choices":[{choice}{self._tail}'.encode()
@@ -152,7 +157,8 @@ class _Choice:
     def __init__(self, parser: ToolCallParser | None) -> None:
         self.content: list[str] = []
         self.calls: list[CallDelta] = []
-        self.positions: list[dict[str, Any]] = []
+        self.positions: list[str] = []
+        """JSON of the log probabilities, piece by piece."""
         self.reason: str | None = None
         self._calls = None if parser is None else _Calls(parser)
 
@@ -199,18 +205,15 @@ class ChatWhole:
     def add(self, prompt: int, chunk: pb.GenerateChunk) -> None:
         choice = self._choices[chunk.choice]
         choice.add(chunk)
-        choice.positions += self._form.positions(chunk)
+        choice.positions.append(self._form.positions(chunk))
 
-    def answer(self, usage: Mapping[str, Any]) -> Mapping[str, Any]:
-        choices = [
-            {
-                "index": index,
-                "message": choice.message(),
-                "logprobs": None
-                if self._form.logprobs is None
-                else {"content": choice.positions, "refusal": None},
-                "finish_reason": choice.reason,
-            }
-            for index, choice in enumerate(self._choices)
-        ]
-        return {**self._form.heading.fields(WHOLE), "choices": choices, "usage": usage}
+    def answer(self, usage: Mapping[str, Any]) -> bytes:
+        choices = ",".join(self._choice(index, choice) for index, choice in enumerate(self._choices))
+        head = self._form.heading.opening(WHOLE)
+        return f'{head},"choices":[{choices}],"usage":{json.dumps(usage)}}}'.encode()
+
+    def _choice(self, index: int, choice: _Choice) -> str:
+        message = json.dumps(choice.message(), ensure_ascii=False)
+        logprobs = self._form.logprobs_json(choice.positions)
+        finish = json.dumps(choice.reason)
+        return f'{{"index":{index},"message":{message},"logprobs":{logprobs},"finish_reason":{finish}}}'

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from pdserve.router.openai.fields import SamplingFields, Schema, Shown, Text, UsageShown, ranged
+from pdserve.router.openai.fields import MAX_ITEMS, SamplingFields, Schema, Shown, Text, UsageShown, ranged
 from pdserve.router.openai.logprobs import ChatLogprobsShown
 
 
@@ -22,7 +22,8 @@ def _content_kind(value: object) -> str | None:
 
 
 Content = Annotated[
-    Annotated[Text, Tag("~text")] | Annotated[list[ContentPart], Field(min_length=1), Tag("~parts")],
+    Annotated[Text, Tag("~text")]
+    | Annotated[list[ContentPart], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True), Tag("~parts")],
     Discriminator(
         _content_kind,
         custom_error_type="content",
@@ -47,7 +48,7 @@ class Message(Schema):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Content | None = None
     name: Text | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_ITEMS, fail_fast=True)] | None = None
     """Of the assistant: what it called."""
     tool_call_id: Text | None = None
     """Of a tool: the call that it answers."""
@@ -92,13 +93,13 @@ ToolChoice = Annotated[
 
 
 class ChatRequest(SamplingFields):
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
     max_completion_tokens: int | None = ranged("max_tokens")
     """OpenAI's newer name of max_tokens; where both are given, this one counts."""
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     """Needs logprobs."""
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_ITEMS, fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None
     """None: auto where there are tools."""
     parallel_tool_calls: bool | None = None

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from pdserve.router.openai.fields import SamplingFields, Shown, Text, TokenId, UsageShown
+from pdserve.router.openai.fields import MAX_ITEMS, SamplingFields, Shown, Text, TokenId, UsageShown
 from pdserve.router.openai.logprobs import CompletionLogprobsShown
 
 DEFAULT_MAX_TOKENS = 16
@@ -25,12 +25,19 @@ def _prompt_kind(value: object) -> str | None:
             return "~ids"
 
 
-_Ids = Annotated[list[TokenId], Field(min_length=1)]
+MAX_PROMPT_IDS = 2**20
+"""Of one prompt: more than any context has."""
+
+_Ids = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_IDS, fail_fast=True)]
 CompletionPrompt = Annotated[
     Annotated[Text, Field(min_length=1), Tag("~text")]
-    | Annotated[list[Annotated[Text, Field(min_length=1)]], Field(min_length=1), Tag("~texts")]
+    | Annotated[
+        list[Annotated[Text, Field(min_length=1)]],
+        Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True),
+        Tag("~texts"),
+    ]
     | Annotated[_Ids, Tag("~ids")]
-    | Annotated[list[_Ids], Field(min_length=1), Tag("~id_lists")],
+    | Annotated[list[_Ids], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True), Tag("~id_lists")],
     Discriminator(
         _prompt_kind,
         custom_error_type="prompt",

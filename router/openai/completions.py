@@ -88,7 +88,7 @@ class _Form:
         return prompt * self.n + chunk.choice
 
     def logprobs(self) -> CompletionLogprobs:
-        return CompletionLogprobs(self.gateway.token_texts(self.heading.model), 0)
+        return CompletionLogprobs(self.gateway.token_texts(self.heading.model))
 
 
 class CompletionEvents:
@@ -113,7 +113,7 @@ class CompletionEvents:
         logprobs = "null"
         if form.with_logprobs and chunk.logprobs:
             state = self._logprobs.setdefault(index, form.logprobs())
-            logprobs = json.dumps(state.piece(chunk.logprobs))
+            logprobs = state.join([state.piece(chunk.logprobs)])
         choice = f'{{"index":{index},"text":{quote(text)},"logprobs":{logprobs},"finish_reason":{finish}}}'
         return f'{self._head}"choices":[{choice}{self._tail}'.encode()
 
@@ -132,13 +132,7 @@ class CompletionWhole:
         self._texts: list[list[str]] = [[] for _ in range(count)]
         self._reasons: list[str | None] = [None] * count
         self._logprobs = [form.logprobs() for _ in range(count)] if form.with_logprobs else []
-        empty: dict[str, list[Any]] = {
-            "tokens": [],
-            "token_logprobs": [],
-            "top_logprobs": [],
-            "text_offset": [],
-        }
-        self._pieces = [{name: list(values) for name, values in empty.items()} for _ in self._logprobs]
+        self._pieces: list[list[tuple[str, ...]]] = [[] for _ in self._logprobs]
 
     def add(self, prompt: int, chunk: pb.GenerateChunk) -> None:
         index = self._form.choice(prompt, chunk)
@@ -146,20 +140,18 @@ class CompletionWhole:
         if chunk.finish_reason:
             self._reasons[index] = chunk.finish_reason
         if self._logprobs:
-            for name, values in self._logprobs[index].piece(chunk.logprobs).items():
-                self._pieces[index][name] += values
+            self._pieces[index].append(self._logprobs[index].piece(chunk.logprobs))
 
-    def answer(self, usage: Mapping[str, Any]) -> Mapping[str, Any]:
-        choices = [
-            {
-                "index": index,
-                "text": self._echo(index) + "".join(texts),
-                "logprobs": self._pieces[index] if self._logprobs else None,
-                "finish_reason": self._reasons[index],
-            }
-            for index, texts in enumerate(self._texts)
-        ]
-        return {**self._form.heading.fields(OBJECT), "choices": choices, "usage": usage}
+    def answer(self, usage: Mapping[str, Any]) -> bytes:
+        choices = ",".join(map(self._choice, range(len(self._texts))))
+        head = self._form.heading.opening(OBJECT)
+        return f'{head},"choices":[{choices}],"usage":{json.dumps(usage)}}}'.encode()
+
+    def _choice(self, index: int) -> str:
+        text = self._echo(index) + "".join(self._texts[index])
+        logprobs = CompletionLogprobs.join(self._pieces[index]) if self._logprobs else "null"
+        finish = json.dumps(self._reasons[index])
+        return f'{{"index":{index},"text":{quote(text)},"logprobs":{logprobs},"finish_reason":{finish}}}'
 
     def _echo(self, index: int) -> str:
         echoes = self._form.echoes

@@ -52,6 +52,12 @@ class BodyTooLarge(InvalidRequest):
     http_status = 413
 
 
+class BodyTooSlow(InvalidRequest):
+    """The body did not come to its end in time."""
+
+    http_status = 408
+
+
 class WrongContentType(InvalidRequest):
     """The body is not said to be JSON. A web page could post any other kind across origins."""
 

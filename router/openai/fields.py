@@ -15,6 +15,9 @@ BRANCH = "~"
 
 UINT32 = 2**32 - 1
 """Most that counts and token ids may be on the wire."""
+MAX_ITEMS = 8192
+"""Of a list in a body. A body is checked in one go, while every stream waits: what is in it is bounded, and
+the first wrong item ends the check (fail_fast)."""
 
 
 class Schema(BaseModel):
@@ -58,7 +61,25 @@ def ranged(name: str) -> Any:
 
 def _keyed_by_ids(schema: dict[str, Any]) -> None:
     """JSON has texts for keys only."""
-    schema["anyOf"][0]["propertyNames"] = {"pattern": "^[0-9]{1,9}$"}
+    schema["oneOf"][0] |= {"propertyNames": {"pattern": "^[0-9]{1,9}$"}, "maxProperties": MAX_LOGIT_BIASES}
+
+
+def _biases_kind(value: object) -> str | None:
+    """Looked at before each of many entries is."""
+    if value is None:
+        return "~none"
+    return "~biases" if isinstance(value, dict) and len(value) <= MAX_LOGIT_BIASES else None
+
+
+LogitBias = Annotated[
+    Annotated[dict[TokenId, Annotated[float, Field(ge=BIAS_RANGE.low, le=BIAS_RANGE.high)]], Tag("~biases")]
+    | Annotated[None, Tag("~none")],
+    Discriminator(
+        _biases_kind,
+        custom_error_type="logit_bias",
+        custom_error_message=f"Input should be an object with at most {MAX_LOGIT_BIASES} token ids",
+    ),
+]
 
 
 def _stop_kind(value: object) -> str | None:
@@ -68,11 +89,15 @@ def _stop_kind(value: object) -> str | None:
 
 
 Stop = Annotated[
-    Annotated[Text, Tag("~text")] | Annotated[list[Text], Field(max_length=MAX_STOPS), Tag("~texts")],
+    Annotated[Text, Tag("~text")]
+    | Annotated[list[Text], Field(max_length=MAX_STOPS, fail_fast=True), Tag("~texts")],
     Discriminator(
         _stop_kind, custom_error_type="stop", custom_error_message="Input should be a text or a list of texts"
     ),
 ]
+
+
+Choices = Annotated[list[Text], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
 
 
 class StreamOptions(Schema):
@@ -97,7 +122,7 @@ class StructuredOutputs(Schema):
 
     json_: dict[str, Any] | str | None = Field(default=None, alias="json")
     regex: Text | None = None
-    choice: list[Text] | None = Field(default=None, min_length=1)
+    choice: Choices | None = None
     grammar: Text | None = None
     """In Lark's notation."""
 
@@ -116,15 +141,13 @@ class SamplingFields(Schema):
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     """None: drawn for each request."""
     stop: Stop | None = None
-    stop_token_ids: list[TokenId] | None = Field(default=None, max_length=MAX_STOPS)
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     min_tokens: int | None = ranged("min_tokens")
     ignore_eos: bool | None = None
     presence_penalty: float | None = ranged("presence_penalty")
     frequency_penalty: float | None = ranged("frequency_penalty")
     repetition_penalty: float | None = ranged("repetition_penalty")
-    logit_bias: dict[TokenId, Annotated[float, Field(ge=BIAS_RANGE.low, le=BIAS_RANGE.high)]] | None = Field(
-        default=None, max_length=MAX_LOGIT_BIASES, json_schema_extra=_keyed_by_ids
-    )
+    logit_bias: LogitBias = Field(default=None, json_schema_extra=_keyed_by_ids)
     """Token id, in decimal digits, to what is added to its logit."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -132,7 +155,7 @@ class SamplingFields(Schema):
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: Text | None = None
-    guided_choice: list[Text] | None = Field(default=None, min_length=1)
+    guided_choice: Choices | None = None
     guided_grammar: Text | None = None
     timeout: float | None = Field(default=None, gt=0)
     """Seconds that the whole request may take; past them it ends with 504. None: no limit of its own."""

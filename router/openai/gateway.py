@@ -20,6 +20,8 @@ class Gateway:
     intake: MeteredIntake
     tokenizers: Mapping[str, Decodes]
     """By model."""
+    texts: Mapping[str, TokenTexts]
+    """Of the same tokenizers."""
     max_body_bytes: int
     max_prompts: int
     """Of one request."""
@@ -43,7 +45,7 @@ class Gateway:
         return Generation(self.intake, requests, timeout_s)
 
     def token_texts(self, model: str) -> TokenTexts:
-        return TokenTexts(self.tokenizers.get(model))
+        return self.texts.get(model) or TokenTexts(None)
 
     def decode(self, model: str, ids: Iterable[int]) -> str:
         """Text of token ids. Raises InvalidRequest where the model has no tokenizer here, or no such id."""

@@ -3,7 +3,7 @@
 import json
 from typing import Any, Final
 
-from pdserve.core.request_limits import RANGES
+from pdserve.core.request_limits import RANGES, Range
 from pdserve.core.types import Constraint, ConstraintKind
 from pdserve.proto import inference_pb2 as pb
 from pdserve.router.openai.errors import BadField
@@ -30,6 +30,8 @@ def to_sampling(fields: SamplingFields, *, max_tokens: int | None, logprobs: int
     given["max_tokens"] = max_tokens
     if given["temperature"] is None:
         given["temperature"] = DEFAULT_TEMPERATURE
+    if fields.stream_options is not None and not fields.stream:
+        raise BadField("stream_options", "stream_options is set and stream is not: set stream to true")
     check_ranges(given | {"logprobs": logprobs})
     stop = [fields.stop] if isinstance(fields.stop, str) else fields.stop
     message = pb.Sampling(
@@ -52,10 +54,16 @@ def check_ranges(given: dict[str, Any]) -> None:
     """Raises BadField for the first number that is out of its range."""
     for name, allowed in RANGES:
         value = given.get(name)
-        if value is not None and value not in allowed:
-            raise BadField(name, f"{name} is {value:g}: it must be {allowed}")
-        if isinstance(value, int) and value > UINT32:
-            raise BadField(name, f"{name} is {value}: it must be at most {UINT32}")
+        if value is not None:
+            check_range(name, value, allowed)
+
+
+def check_range(name: str, value: float, allowed: Range) -> None:
+    """Raises BadField for a number that is not allowed, or that no field on the wire can hold."""
+    if value not in allowed:
+        raise BadField(name, f"{name} is {value:g}: it must be {allowed}")
+    if isinstance(value, int) and value > UINT32:
+        raise BadField(name, f"{name} is {value}: it must be at most {UINT32}")
 
 
 def set_constraint(message: pb.Sampling, constraint: Constraint) -> None:

@@ -11,7 +11,7 @@ from pdserve.router.metered_intake import MeteredIntake
 from pdserve.router.openai.app import create_app
 from pdserve.router.openai.gateway import Gateway
 from pdserve.router.openai.http_server import HttpServer
-from pdserve.router.openai.logprobs import Decodes
+from pdserve.router.openai.logprobs import Decodes, TokenTexts
 from pdserve.router.openai.token_guard import TokenGuard
 
 
@@ -27,7 +27,8 @@ def openai_server(
     """Not started yet; None where `config.http_port` is None. `grace_s`: for answers that run at the end."""
     if config.http_port is None:
         return None
-    gateway = Gateway(intake, tokenizers, config.max_body_bytes, config.max_in_flight)
+    texts = {model: TokenTexts(tokenizer) for model, tokenizer in tokenizers.items()}
+    gateway = Gateway(intake, tokenizers, texts, config.max_body_bytes, config.max_in_flight)
     app: ASGIApp = create_app(gateway)
     if tokens is not None:
         app = TokenGuard(app, tokens)

@@ -84,7 +84,8 @@ class ToolCallParser:
         delta = Delta()
         held, self._held = self._held, ""
         if self._state is _State.CONTENT:
-            delta.content = held
+            # What separates calls, or follows the last one, is no content.
+            delta.content = held if held.strip() or not self._calls else ""
         elif self._state is _State.HEAD and not self._whole_call(held, delta):
             delta.content = held if self._bare else BEGIN + held
         self._state = _State.DONE
@@ -120,7 +121,7 @@ class ToolCallParser:
         return False
 
     def _head(self, delta: Delta) -> bool:
-        head = _HEAD.match(self._held) if len(self._held) <= _LONGEST_HEAD or self._calls == 0 else None
+        head = _HEAD.match(self._held) if self._bare or len(self._held) <= _LONGEST_HEAD else None
         if head is not None:
             name = _json_or_none(head.group(1))
             if isinstance(name, str):

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import pytest_asyncio
@@ -180,6 +181,18 @@ async def test_a_json_schema_is_kept(cluster: Stack, client: openai.AsyncOpenAI)
     assert json.loads(answer.choices[0].message.content or "")["a"] in (1, 2)
 
 
+async def test_an_answer_in_a_chat_may_fill_the_context(cluster: Stack, client: openai.AsyncOpenAI) -> None:
+    answer = await client.chat.completions.create(
+        model=cluster.config.model,
+        messages=[{"role": "user", "content": "x" * 1800}],
+        extra_body={"ignore_eos": True},
+    )
+    (model,) = [model async for model in client.models.list()]
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == model.model_extra["max_model_len"]  # type: ignore[index]
+    assert answer.choices[0].finish_reason == "length"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_required_call_is_a_call(cluster: Stack, client: openai.AsyncOpenAI, stream: bool) -> None:
     asked: Any = {
@@ -296,6 +309,17 @@ async def test_closing_a_stream_frees_every_block(cluster: Stack, client: openai
         await cluster.settled()
     assert cluster.router is not None
     assert cluster.router.gate.admission.in_flight == 0
+    async with httpx.AsyncClient() as http, asyncio.timeout(20):
+        while busy_gauges((await http.get(url_of(cluster).removesuffix("/v1") + "/metrics")).text):
+            await asyncio.sleep(cluster.config.session.heartbeat_s)  # they are of the last heartbeat
+
+
+def busy_gauges(text: str) -> list[str]:
+    """What shows a request that runs, or memory that one holds."""
+    names = ("_in_flight", "num_requests", "kv_cache_usage", 'state="held"', 'state="reserved"')
+    found = [line for line in text.splitlines() if any(name in line for name in names) and line[0] != "#"]
+    assert len(found) >= len(names)
+    return [line for line in found if float(line.rsplit(" ", 1)[1])]
 
 
 async def test_a_taken_port_is_a_configuration_error_by_its_name(cluster: Stack) -> None:

@@ -1,7 +1,7 @@
 """What OpenAI's own client reads: text, tools, log probabilities, usage and choices, streamed and whole."""
 
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Any
 
 import httpx
@@ -11,6 +11,7 @@ import pytest_asyncio
 from scripted_intake import MODEL, ScriptedIntake, served
 
 from pdserve.core.types import ConstraintKind
+from pdserve.router.openai.logprobs import TokenTexts
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -256,6 +257,17 @@ async def test_log_probabilities_of_a_chat(client: openai.AsyncOpenAI, intake: S
         assert piece.content == logprobs.content
 
 
+async def test_the_space_that_begins_a_token_is_shown() -> None:
+    class DropsFirstSpace:
+        """As tokenizers in the manner of Llama 2 do."""
+
+        def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+            return "".join({1: " a", 2: "b"}[token] for token in ids).removeprefix(" ")
+
+    texts = TokenTexts(DropsFirstSpace())
+    assert [texts.text(1), texts.text(2), texts.text(1)] == [" a", "b", " a"]
+
+
 async def test_a_conversation_with_calls_becomes_the_models_chat(
     client: openai.AsyncOpenAI, intake: ScriptedIntake
 ) -> None:
@@ -276,7 +288,7 @@ async def test_a_conversation_with_calls_becomes_the_models_chat(
 
 
 async def test_calls_are_found_in_both_forms(client: openai.AsyncOpenAI, intake: ScriptedIntake) -> None:
-    intake.script = cut("Let me see.\n" + CALL + "\n" + CALL)
+    intake.script = cut("Let me see.\n" + CALL + "\n" + CALL + "\n")
     asked: Any = {"model": MODEL, "messages": [USER], "tools": TOOLS}
     choice = (await client.chat.completions.create(**asked)).choices[0]
     assert (choice.message.content, choice.finish_reason) == ("Let me see.", "tool_calls")
