@@ -7,9 +7,9 @@ from typing import Any, Self, TypeVar
 import grpc
 
 from pdserve.client import Client, Tls
+from pdserve.client.channel import CHANNEL_OPTIONS, check_target
 from pdserve.client.errors import from_rpc_error
 from pdserve.client.security import check_token, load_tls
-from pdserve.core.channel_options import CHANNEL_OPTIONS
 from pdserve.core.errors import Unavailable
 from pdserve.proto import admin_pb2 as pb
 from pdserve.proto.admin_pb2_grpc import AdminStub
@@ -42,7 +42,9 @@ class AdminClient:
     """
 
     def __init__(self, admin: str, tls: Tls | bool = False, token: str | None = None) -> None:
-        self._channel = connect_blocking(admin, CHANNEL_OPTIONS, load_tls(tls), check_token(token))
+        self._channel = connect_blocking(
+            check_target(admin), CHANNEL_OPTIONS, load_tls(tls), check_token(token)
+        )
         self._stub = AdminStub(self._channel)
 
     def __enter__(self) -> Self:

@@ -5,7 +5,6 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import urlsplit, urlunsplit
 
 import typer
 
@@ -41,7 +40,7 @@ def as_toml(resolved: "Resolved") -> str:
         if place != table:
             lines += [("", ""), (f"[{place}]", "")]
             table = place
-        shown = without_password(value)
+        shown = _shown(key, value)
         lines.append((f"# {name} is not set" if value is None else f"{name} = {_toml(shown)}", str(source)))
     width = max(len(text) for text, _ in lines)
     return "".join(f"{text:{width}}  # {source}\n" if source else f"{text}\n" for text, source in lines)
@@ -49,26 +48,25 @@ def as_toml(resolved: "Resolved") -> str:
 
 def _as_json(resolved: "Resolved") -> str:
     values = {
-        key: {"value": without_password(value), "source": str(source.kind), "where": source.where or None}
+        key: {"value": _shown(key, value), "source": str(source.kind), "where": source.where or None}
         for key, value, source in resolved.values()
     }
     return json.dumps(values, ensure_ascii=False, indent=2) + "\n"
 
 
-def without_password(value: Any) -> Any:
-    """A URL with `***` for its passwords; anything else as it is."""
-    if not isinstance(value, str) or "://" not in value:
-        return value
-    try:
-        parts = urlsplit(value)
-    except ValueError:
-        return "***"  # no URL, and nobody knows what it holds
-    return urlunsplit(
-        parts._replace(
-            netloc=re.sub(r":.*(?=@)", ":***", parts.netloc),
-            query=re.sub(r"(?<=password=)[^&]*", "***", parts.query),
-        )
-    )
+def _shown(key: str, value: Any) -> Any:
+    """A value without the passwords that a URL in it may have."""
+    is_url = isinstance(value, str) and ("://" in value or key.endswith("_url"))
+    return without_password(value) if is_url else value
+
+
+def without_password(url: str) -> str:
+    """With `***` for its passwords.
+
+    It is not parsed: what is no valid URL, because its password has a `/` or a `#`, holds that password, too.
+    """
+    url = re.sub(r"(?i)(?<=password=)[^&]*", "***", url)
+    return re.sub(r"^(\w+://)?+([^:@]*):.*@", r"\1\2:***@", url, flags=re.DOTALL)
 
 
 def _toml(value: Any) -> str:

@@ -1,6 +1,7 @@
 """The console script. Standard library only: the base install, which is the client, can say what it lacks."""
 
 import importlib.util
+import os
 import sys
 
 from pdserve import __version__
@@ -31,6 +32,9 @@ SERVE_MODULES = (
 )
 """What the extra [serve] installs, by import name."""
 
+_LOGGING = (["serve"], ["demo"])
+"""Commands whose terminal is a log. Elsewhere gRPC's own lines would fall between an answer's."""
+
 HELP = f"""pdserve {__version__}: a disaggregated prefill/decode serving cluster for large language models
 
 This is the base install, the client library:
@@ -46,6 +50,10 @@ The commands need the extra [serve]:
 
 def main() -> int:
     """Run the command line; returns the exit status."""
+    if sys.argv[1:2] not in _LOGGING:
+        os.environ.setdefault(
+            "GRPC_VERBOSITY", "NONE"
+        )  # read when grpc is imported; there is no other switch
     missing = missing_modules(("typer", "rich"))
     if missing:
         return _without_commands(missing, sys.argv[1:])

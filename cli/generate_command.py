@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from pdserve.cli.sampling_options import CONSTRAINTS, REPORTS, SAMPLING, request
 from pdserve.core.errors import InvalidRequest, PdserveError
 
 if TYPE_CHECKING:
-    from pdserve.client import ChunkStream, Client, RequestOptions
+    from pdserve.client import Choice, ChunkStream, Client, RequestOptions
 
 INTERRUPTED = 130
 """Exit status of what Ctrl-C ended, as shells have it."""
@@ -144,11 +144,19 @@ def _read(name: str) -> str:
 
 
 def _print_stream(stream: "ChunkStream") -> None:
+    said = False
     try:
         for chunk in stream:
+            said = True
             write_answer(chunk.text)
-    finally:
+    except PdserveError:
+        if said:
+            write_answer("\n")
+        raise
+    except KeyboardInterrupt:
         write_answer("\n")
+        raise
+    write_answer("\n")
 
 
 def _print_choices(stream: "ChunkStream") -> None:
@@ -156,9 +164,18 @@ def _print_choices(stream: "ChunkStream") -> None:
     try:
         for _ in stream:
             pass
-    finally:
-        for choice in stream.partial.choices:
-            write_answer(f"--- choice {choice.index}\n{choice.text}\n")
+    except PdserveError:
+        _write_choices(choice for choice in stream.partial.choices if choice.token_ids)
+        raise
+    except KeyboardInterrupt:
+        _write_choices(stream.partial.choices)
+        raise
+    _write_choices(stream.partial.choices)
+
+
+def _write_choices(choices: "Iterable[Choice]") -> None:
+    for choice in choices:
+        write_answer(f"--- choice {choice.index}\n{choice.text}\n")
 
 
 def _print_json(stream: "ChunkStream", name: str | None) -> None:

@@ -1,5 +1,6 @@
 """How answers are made: the options of `generate` and `chat`, named as the client's keywords."""
 
+import inspect
 import json
 from collections.abc import Mapping
 from functools import partial
@@ -9,11 +10,22 @@ from typing import TYPE_CHECKING, Any, cast
 import typer
 
 from pdserve.cli.gathering import option
+from pdserve.core.types import SamplingParams
 
 if TYPE_CHECKING:
     from pdserve.client import RequestOptions
 
-_sampling = partial(option, rich_help_panel="Sampling")
+_DEFAULTS = SamplingParams()
+
+
+def _sampling(name: str, kind: Any, says: str, **settings: Any) -> inspect.Parameter:
+    """An option that is left to the cluster where it is not given; its help shows what that does."""
+    there = getattr(_DEFAULTS, name)
+    if name != "seed" and isinstance(there, int | float) and not isinstance(there, bool):
+        settings["show_default"] = f"{there:g}"
+    return option(name, kind, says, rich_help_panel="Sampling", **settings)
+
+
 _constraint = partial(option, rich_help_panel="Constraints, at most one")
 
 SAMPLING = (
@@ -31,7 +43,7 @@ SAMPLING = (
     _sampling(
         "logit_bias", list[str] | None, "TOKEN_ID=BIAS; -100 bans. May be repeated.", metavar="ID=BIAS"
     ),
-    _sampling("seed", int | None, "The same seed gives the same answer."),
+    _sampling("seed", int | None, "The same seed gives the same answer; without one, each is its own."),
     _sampling(
         "stop",
         list[str] | None,

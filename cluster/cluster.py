@@ -20,7 +20,7 @@ from pdserve.cluster.ray_runtime import RayRuntime
 from pdserve.cluster.redis_server import RedisServer, start_redis
 from pdserve.cluster.signals import take_signals_back
 from pdserve.cluster.supervisor import Supervisor
-from pdserve.core.channel_options import CHANNEL_OPTIONS, SERVER_OPTIONS
+from pdserve.core.channel_options import CHANNEL_OPTIONS, FRONT_SERVER_OPTIONS
 from pdserve.core.config import IndexConfig, RouterConfig, ServeConfig, require
 from pdserve.core.errors import ConfigError, PdserveError, Unavailable, from_foreign
 from pdserve.core.security.cluster_tls import FrontTls, WorkerTls
@@ -187,7 +187,7 @@ class Cluster:
 
     async def _start_admin(self) -> None:
         gates = () if self._tokens is None else (TokenGate(self._tokens),)
-        server = grpc.aio.server(interceptors=gates, options=SERVER_OPTIONS)
+        server = grpc.aio.server(interceptors=gates, options=FRONT_SERVER_OPTIONS)
         servicer = AdminServicer(
             self.supervisor, self.config.model, self.config.drain_grace_s, self._until_seen
         )

@@ -29,18 +29,26 @@ def serve(config: ServeConfig) -> int:
 
 
 async def _serve(cluster: Cluster, ready_file: "ReadyFile | None") -> None:
+    config = cluster.config
+    roles = {"prefill": config.prefill, "decode": config.decode, "mixed": config.mixed}
+    workers = " + ".join(f"{count} {role}" for role, count in roles.items() if count)
+    _say(f"pdserve starts redis, Ray, a router and the workers ({workers}) for {config.model} …")
     async with cluster:
         try:
             record = cluster.ready_record()
             if ready_file is not None:
                 ready_file.write(json.dumps(record) + "\n")
-            http = "" if record["http"] is None else f" and, over HTTP, {record['http']}"
-            where = f"{record['grpc']}{http}"
-            print(f"pdserve serves {record['model']} at {where}", file=sys.stderr, flush=True)
+            scheme = "https" if config.security.tls else "http"
+            http = "" if record["http"] is None else f" and at {scheme}://{record['http']}/v1"
+            _say(f"pdserve serves {record['model']} at {record['grpc']}{http}")
             await asyncio.Event().wait()
         finally:
             if ready_file is not None:
                 ready_file.remove()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 class ReadyFile:

@@ -30,7 +30,7 @@ class Metric(StrEnum):
     GENERATED_TOKENS = "generation_tokens"
     """Counter."""
     WORKER_RUNNING = "num_requests_running"
-    """Gauge, label `worker`, from its last heartbeat."""
+    """Gauge, label `worker`. It and the rest are of the last heartbeat: up to `session.heartbeat_s` old."""
     WORKER_WAITING = "num_requests_waiting"
     """Gauge, label `worker`."""
     KV_USAGE = "kv_cache_usage_ratio"

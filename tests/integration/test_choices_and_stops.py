@@ -137,7 +137,7 @@ async def test_n_streams_equal_n_single_runs_with_the_derived_seeds(
             alone = [await answers_to(stub, prompt, **{**sampling, **seed}) for seed in seeds]
             assert [[answer] for answer in together] == alone
             assert len({tuple(answer.tokens) for answer in together}) == (3 if sampling else 1)
-        counters = running.workers["decode-0"].inspect().counters
+        counters = (await running.workers["decode-0"].inspect()).counters
         assert (counters.get("fetch_handoffs_committed", 0) > 0) == (deployment == "disaggregated")
 
 
@@ -223,7 +223,8 @@ async def test_preemption_changes_no_choice(tiny_model: Path, redis: RedisServer
             await answers_to(stub, prompt_of(60), n=2, max_tokens=100, stop=["\x00\x01"], **SAMPLED)
             == expected
         )
-        assert running.workers["mixed-0"].inspect().counters["engine_preemptions"] > 0
+        counters = (await running.workers["mixed-0"].inspect()).counters
+        assert counters["engine_preemptions"] > 0
 
 
 @pytest.mark.parametrize("deployment", list(DEPLOYMENTS))

@@ -348,7 +348,7 @@ async def test_a_damaged_byte_is_counted_and_the_next_candidate_serves(
         assert made[0].damaged is not None
         assert {made[0].damaged, result.route.prefill_worker} == {"prefill-0", "prefill-1"}
         assert result.route.candidates_tried == 1
-        counters = running.workers["decode-0"].inspect().counters
+        counters = (await running.workers["decode-0"].inspect()).counters
         assert counters["fetch_digest_mismatches"] == 1
         assert counters["decode_not_served_corrupt"] == 1
 

@@ -1,6 +1,7 @@
 """A real router over loopback gRPC, in front of workers that only speak the Session protocol."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from pdserve.kvtransfer.index.memory import MemoryIndex
 from pdserve.kvtransfer.names import chain, namespace, pack_chain, unpack_tokens
 from pdserve.proto import inference_pb2, worker_pb2
 from pdserve.proto.inference_pb2_grpc import InferenceStub
+from pdserve.router import dispatch
 from pdserve.router.server import RouterServer
 
 PATIENT = SessionConfig(heartbeat_s=0.02, silence_s=20.0, reattach_s=20.0)
@@ -90,12 +92,14 @@ async def running(
     session: SessionConfig = PATIENT,
     router: RouterConfig | None = None,
     index: MemoryIndex | None = None,
+    tokenizer: ByteTokenizer | None = None,
 ) -> AsyncIterator[Cluster]:
     for worker in workers:
         await worker.start()
     membership = FakeMembership([worker.record() for worker in workers])
     config = ServeConfig(session=session, router=replace(router or RouterConfig(), grpc_port=0))
-    server = RouterServer(config, index or MemoryIndex(), membership, {"tiny": ByteTokenizer()}, "admin:1")
+    tokenizers = {"tiny": tokenizer or ByteTokenizer()}
+    server = RouterServer(config, index or MemoryIndex(), membership, tokenizers, "admin:1")
     await server.start()
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
@@ -205,6 +209,31 @@ async def test_token_ids_and_chats_are_prompts_too() -> None:
         assert unpack_tokens((await soon(d.opens)).prompt_token_ids) == (5, 6)
         d.say("r", 0, [1], finish="stop")
         assert ids(await rest_of(call)) == [1]
+
+
+class HeldTokenizer(ByteTokenizer):
+    """Its chat template ends when the test says so."""
+
+    def __init__(self) -> None:
+        self.released = threading.Event()
+
+    def encode_chat(self, messages: Sequence[ChatMessage], tools_json: str = "") -> list[int]:
+        assert self.released.wait(20), "nobody else ran meanwhile"
+        return super().encode_chat(messages, tools_json)
+
+
+async def test_a_slow_template_of_a_short_chat_keeps_nobody_waiting() -> None:
+    d, tokenizer = decoder(), HeldTokenizer()
+    chat = inference_pb2.ChatMessages(messages=[inference_pb2.ChatMessage(role="user", content="hi")])
+    async with running(prefiller(), d, tokenizer=tokenizer) as cluster:
+        held = cluster.inference.Tokenize(inference_pb2.TokenizeRequest(chat=chat))
+        call = cluster.generate()
+        await soon(d.opens)
+        d.say("r", 0, [1], finish="stop")
+        assert ids(await rest_of(call)) == [1]
+        assert not held.done()
+        tokenizer.released.set()
+        assert bytes((await held).token_ids) == b"user:hi;"
 
 
 async def test_a_cancel_reaches_the_worker() -> None:
@@ -461,7 +490,11 @@ async def test_the_index_away_means_the_ring_alone() -> None:
         assert ids(await rest_of(call)) == [1]
 
 
-async def test_the_holder_of_a_prefix_is_asked_first() -> None:
+@pytest.mark.parametrize("long_prompt_tokens", [399, 400], ids=["named in a thread", "named at once"])
+async def test_the_holder_of_a_prefix_is_asked_first(
+    long_prompt_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "LONG_PROMPT_TOKENS", long_prompt_tokens)
     d, index = decoder(), MemoryIndex()
     prompt = "y" * 400
     names = chain(namespace(bytes.fromhex(SCHEMA)), tuple(prompt.encode()))
@@ -504,6 +537,7 @@ async def test_beyond_slots_and_queue_requests_are_shed_and_the_queue_moves_on()
         ({"sampling": {"temperature": -1.0}}, grpc.StatusCode.INVALID_ARGUMENT, "temperature is -1"),
         ({"sampling": {"top_p": 1.5}}, grpc.StatusCode.INVALID_ARGUMENT, "top_p is 1.5"),
         ({"token_ids": {"ids": [VOCABULARY]}}, grpc.StatusCode.INVALID_ARGUMENT, str(VOCABULARY - 1)),
+        ({"token_ids": {"ids": [VOCABULARY] * 20_000}}, grpc.StatusCode.INVALID_ARGUMENT, "20000 tokens"),
         ({"sampling": {"max_tokens": CONTEXT}}, grpc.StatusCode.INVALID_ARGUMENT, str(CONTEXT)),
         ({"prompt": "z" * (CONTEXT + 1)}, grpc.StatusCode.INVALID_ARGUMENT, str(CONTEXT)),
         ({"request_id": "x" * 200}, grpc.StatusCode.INVALID_ARGUMENT, "128"),

@@ -132,7 +132,7 @@ class Stack:
                         await asyncio.sleep(0.02)
             except TimeoutError:
                 raise AssertionError(f"{worker.spec.worker} is not at rest: {left}") from None
-            report = worker.inspect()
+            report = await worker.inspect()
             assert not report.integrity_error, report.integrity_error
 
     async def close(self) -> None:

@@ -1,5 +1,6 @@
 import io
 import json
+import socket
 import subprocess
 import sys
 from typing import Any
@@ -104,3 +105,32 @@ def test_help_loads_nothing_heavy() -> None:
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("command", [["status"], ["generate", "hi"], ["members", "list"], ["chat"]])
+def test_without_a_cluster_one_line_says_where_none_answers(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        target = f"127.0.0.1:{nobody.getsockname()[1]}"
+        assert run([*command, "--target", target]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    assert line.startswith("pdserve: no cluster answers (")
+    assert target in line
+
+
+@pytest.mark.parametrize(
+    ("target", "says"), [("http://127.0.0.1:8000", "is a URL"), ("somewhere", "no port"), ("", "no port")]
+)
+def test_a_target_that_is_none_is_refused_at_once(
+    target: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["status", "--target", target]) == 1
+    assert run(["members", "list", "--admin", target or "x"]) == 1
+    complaints = capsys.readouterr().err.splitlines()
+    assert len(complaints) == 2
+    assert says in complaints[0]
+    assert all("host:port" in line for line in complaints)

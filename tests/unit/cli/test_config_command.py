@@ -80,11 +80,25 @@ def test_serve_resolves_as_config_does(tmp_path: Path, capsys: pytest.CaptureFix
         ("redis://:secret@h:1/0", "redis://:***@h:1/0"),
         ("redis://me:sec:r@et@h:1/0", "redis://me:***@h:1/0"),
         ("redis://h/0?password=secret&x=1", "redis://h/0?password=***&x=1"),
-        ("redis://[secret", "***"),
+        ("redis://:sec/ret@h:1/0", "redis://:***@h:1/0"),
+        ("redis://:sec#ret@h", "redis://:***@h"),
+        ("redis://:sec?ret@h", "redis://:***@h"),
+        ("redis://:sec://ret@h", "redis://:***@h"),
+        ("redis:/:secret@h", "redis:***@h"),
+        (":secret@h", ":***@h"),
+        ("rediss://h/0?ssl_Password=secret", "rediss://h/0?ssl_Password=***"),
         ("redis://h:1/0", "redis://h:1/0"),
         ("redis://me@h:1/0", "redis://me@h:1/0"),
-        ("a/path:with@signs", "a/path:with@signs"),
     ],
 )
-def test_a_password_is_never_shown(url: str, shown: str) -> None:
+def test_a_password_is_never_shown(url: str, shown: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither of a URL nor of what only resembles one."""
     assert without_password(url) == shown
+    for flags in ([], ["--json"]):
+        assert run(["config", "--redis-url", url, *flags]) == 0
+        assert json.dumps(shown) in capsys.readouterr().out
+
+
+def test_what_is_no_url_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["config", "--model", "a/path:with@signs"]) == 0
+    assert 'model = "a/path:with@signs"' in capsys.readouterr().out

@@ -1,4 +1,5 @@
 import ast
+import os
 import sys
 from pathlib import Path
 
@@ -71,3 +72,14 @@ def test_the_shim_imports_the_standard_library_only() -> None:
     names |= {node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)}
     assert {name.partition(".")[0] for name in names} - sys.stdlib_module_names == {"pdserve"}
     assert "pdserve" in names  # The version alone, from a package that imports nothing.
+
+
+def test_grpc_writes_no_lines_of_its_own_between_those_of_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pdserve.cli.app.run", lambda arguments: 0)
+    for command, quiet in (("chat", True), ("generate", True), ("serve", False)):
+        monkeypatch.setattr(os, "environ", {})
+        assert call(monkeypatch, command) == 0
+        assert ("GRPC_VERBOSITY" in os.environ) is quiet
+    monkeypatch.setattr(os, "environ", {"GRPC_VERBOSITY": "DEBUG"})
+    assert call(monkeypatch, "chat") == 0
+    assert os.environ["GRPC_VERBOSITY"] == "DEBUG", "who asks for more gets it"

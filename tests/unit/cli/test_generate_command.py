@@ -11,6 +11,7 @@ from served import PDSERVE
 from terminal import Terminal
 
 from pdserve.cli.app import run
+from pdserve.core.types import SamplingParams
 
 ANSWER = "Grüß Gott\n"
 
@@ -168,3 +169,23 @@ def test_an_error_after_the_first_text_leaves_that(
     assert run(["generate", "hi", "--target", cluster.target, "--seed", str(SEED_THAT_FAILS)]) == 1
     printed = capsys.readouterr()
     assert (printed.out, printed.err) == ("Grüß \n", "pdserve: decode-0 died\n")
+
+
+def test_a_refused_prompt_leaves_standard_output_empty(
+    cluster: FakeCluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flags in ([], ["-n", "2"], ["--json"]):
+        assert run(["generate", PROMPT_THAT_IS_REFUSED, *flags, "--target", cluster.target]) == 1
+        assert capsys.readouterr().out == ""
+
+
+def test_help_shows_the_defaults_of_the_cluster(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(["generate", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, default in (("max_tokens", 128), ("temperature", 0), ("top_p", 1), ("n", 1)):
+        (line,) = (line for line in lines if line.startswith(f"│ --{name.replace('_', '-')} "))
+        assert f"[default: ({default})]" in line
+        assert getattr(SamplingParams(), name) == default

@@ -35,6 +35,13 @@ def test_owner_is_last_candidate_and_listed_once() -> None:
         assert all(name.startswith("prefill") for name in placement.prefill[:-1])
 
 
+def test_a_pool_that_could_not_hold_the_longest_answer_is_not_asked() -> None:
+    small = worker("decode-0", Role.DECODE, pool_blocks=30)
+    cluster = view(*prefillers(1), small, worker("decode-1", Role.DECODE, pool_blocks=300, promised=250))
+    assert place(cluster, request(160)).decode == "decode-0"
+    assert place(cluster, dataclasses.replace(request(160), longest_blocks=31)).decode == "decode-1"
+
+
 def test_at_most_owners_holders_and_idle_are_asked() -> None:
     depths = {f"prefill-{number}": number + 1 for number in range(20)}
     placement = place(view(*prefillers(20), *decoders(1)), request(4000, depths=depths))

@@ -6,7 +6,7 @@ import pytest
 from router_views import record
 
 from pdserve.core.errors import ContextTooLong, InvalidRequest, Unavailable, UnknownModel
-from pdserve.core.request_limits import check_tokens, promise_blocks
+from pdserve.core.request_limits import check_sampling, check_tokens, promise_blocks
 from pdserve.core.text.chat_template import ChatMessage
 from pdserve.core.types import Role, SamplingParams
 from pdserve.router import validation
@@ -14,7 +14,7 @@ from pdserve.router.pools import any_per_model, pool_of
 from pdserve.router.prompt import Chat, Prompt, TokenIds
 from pdserve.router.validation import Limits
 
-LIMITS = Limits(context_tokens=100, vocab_size=512, decode_blocks=8, prefill_blocks=5)
+LIMITS = Limits(context_tokens=100, vocab_size=512, decode_blocks=8, every_decode_blocks=8, prefill_blocks=5)
 
 
 @pytest.mark.parametrize("prompt", [None, "", Chat(()), TokenIds(())])
@@ -23,7 +23,15 @@ def test_an_empty_prompt_is_refused(prompt: Prompt | None) -> None:
         validation.check_prompt(prompt, 100)
 
 
-@pytest.mark.parametrize("prompt", ["x" * 11, TokenIds((1, 2, 3)), Chat((ChatMessage("user", "é" * 4),))])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "x" * 11,
+        TokenIds((1, 2, 3)),
+        Chat((ChatMessage("user", "é" * 4),)),
+        Chat((ChatMessage("tool", "", tool_call_id="12345678"),)),
+    ],
+)
 def test_a_prompt_past_the_limit_names_both_numbers(prompt: Prompt) -> None:
     with pytest.raises(ContextTooLong, match=r"1[12] bytes, the limit is 10"):
         validation.check_prompt(prompt, 10)
@@ -67,6 +75,27 @@ def test_a_completion_past_the_decode_pool_is_refused_with_both_numbers() -> Non
     assert validation.bound_completion(SamplingParams(), False, 80, roomy).max_tokens == 49
 
 
+def test_an_answer_in_a_chat_may_fill_what_context_and_pools_leave() -> None:
+    chat = validation.default_completion(SamplingParams(min_tokens=300), Chat((ChatMessage("user", "hi"),)))
+    check_sampling(chat)
+    assert validation.default_completion(SamplingParams(), "hi") == SamplingParams()
+    large = Limits(
+        context_tokens=1000, vocab_size=512, decode_blocks=32, every_decode_blocks=32, prefill_blocks=None
+    )
+    assert validation.bound_completion(chat, False, 100, large).max_tokens == 413
+    in_context = dataclasses.replace(large, decode_blocks=99, every_decode_blocks=99)
+    assert validation.bound_completion(chat, False, 100, in_context).max_tokens == 900
+
+
+def test_a_default_completion_fits_every_pool_where_these_have_room_for_an_answer() -> None:
+    chat = validation.default_completion(SamplingParams(), Chat((ChatMessage("user", "hi"),)))
+    mixed = Limits(
+        context_tokens=9000, vocab_size=512, decode_blocks=64, every_decode_blocks=16, prefill_blocks=None
+    )
+    assert validation.bound_completion(chat, False, 129, mixed).max_tokens == 128
+    assert validation.bound_completion(chat, False, 130, mixed).max_tokens == 895
+
+
 def test_a_default_completion_that_cannot_reach_min_tokens_is_refused() -> None:
     assert validation.bound_completion(SamplingParams(min_tokens=10), False, 90, LIMITS).max_tokens == 10
     with pytest.raises(ContextTooLong, match=r"90 \+ 11 tokens, the context has 100"):
@@ -105,7 +134,7 @@ def test_limits_are_those_of_the_largest_pool_of_each_kind() -> None:
             record("e", Role.DECODE, pool_blocks=5),
         ]
     )
-    assert (limits.prefill_blocks, limits.decode_blocks) == (7, 9)
+    assert (limits.prefill_blocks, limits.decode_blocks, limits.every_decode_blocks) == (7, 9, 5)
     assert Limits.of([record("d", Role.DECODE)]).prefill_blocks is None
 
 

@@ -219,3 +219,12 @@ def test_broken_logits_are_named(value: float) -> None:
 def test_rows_and_requests_must_match() -> None:
     with pytest.raises(InternalError, match="2 rows of logits for 1"):
         sample(torch.zeros(2, 5), [SampleRequest(SamplingParams(), 0, 0)])
+
+
+@pytest.mark.parametrize("temperature", [9e-6, 1e-300, 1e-308, 5e-324])
+@pytest.mark.parametrize("cut", [{}, {"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1}])
+def test_a_temperature_next_to_zero_is_greedy(temperature: float, cut: dict[str, float]) -> None:
+    """Divided by it, logits would be infinite: one request must not break the step of a whole batch."""
+    logits = torch.stack([row(1), row(2)])
+    requests = [random(temperature=temperature, **cut), random(temperature=0.0)]
+    assert sample(logits, requests) == logits.argmax(-1).tolist()
