@@ -82,15 +82,16 @@ class Served:
         """Living processes that it started, whoever adopted them since."""
         return marked_processes(self._mark)
 
-    def listening_ports(self) -> set[int]:
-        """TCP ports on which its processes accept."""
+    def listening(self) -> set[tuple[str, int]]:
+        """TCP addresses, in the kernel's hexadecimal, and ports on which its processes accept."""
         inodes = {inode for pid in self.descendants() for inode in socket_inodes(pid)}
-        found = set()
+        found: set[tuple[str, int]] = set()
         for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
             for line in table.read_text().splitlines()[1:]:
                 fields = line.split()
                 if fields[3] == TCP_LISTEN and fields[9] in inodes:
-                    found.add(int(fields[1].rpartition(":")[2], 16))
+                    address, _, port = fields[1].rpartition(":")
+                    found.add((address, int(port, 16)))
         return found
 
     def _wait_ready(self) -> dict[str, Any]:

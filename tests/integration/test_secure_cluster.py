@@ -1,7 +1,10 @@
-"""`pdserve serve` with TLS, mTLS, tokens and a redis with a password: used as a user does, then searched."""
+"""`pdserve serve` with TLS, mTLS, tokens and a locked redis: used, searched, and ended under load."""
 
+import asyncio
 import json
-import ssl
+import os
+import signal
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 from locked_redis import PASSWORD, locked_redis
-from served import Served, socket_inodes
+from served import Served
+from stream_load import Load, ssl_context
 
 from pdserve.cli.app import run
 from pdserve.client import Client, Tls
@@ -18,6 +22,10 @@ from pdserve.core.errors import Unauthenticated, Unavailable
 pytestmark = pytest.mark.timeout(300)
 
 TOKEN = "token-of-the-tests-0123456789"
+LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
+"""127.0.0.1, ::1 and the first as an IPv6 address, as the kernel prints them."""
+GRPC_POLLER_FDS = 8
+"""The library's own, opened with the first channel; none per channel or call."""
 WRONG = "wrong-token-of-the-tests-0123456789"
 
 
@@ -43,7 +51,7 @@ class Secure:
 
 @pytest.fixture(scope="module")
 def secure(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secure]:
-    """1 prefill + 1 decode worker of a tiny model, everything on."""
+    """2 prefill + 2 decode workers of a tiny model, everything on."""
     folder = tmp_path_factory.mktemp("secure")
     certs = folder / "certs"
     assert run(["certs", str(certs)]) == 0
@@ -56,7 +64,8 @@ def secure(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             f'[security]\ntls_dir = "{certs}"\nclient_certificates = true\n'
             f'tokens_file = "{certs / "tokens"}"\n[router]\nhttp_port = 0\n'
         )
-        served = Served("--config", str(config), "--model", str(tiny_model), "--pool-blocks", "128")
+        flags = ("--prefill", "2", "--decode", "2", "--pool-blocks", "512", "--drain-grace", "0")
+        served = Served("--config", str(config), "--model", str(tiny_model), *flags)
         try:
             yield Secure(served, certs, config)
         finally:
@@ -91,31 +100,22 @@ def test_everything_works_with_credentials_and_nothing_without(
 
 def test_the_http_api_wants_both_as_well(secure: Secure) -> None:
     base = f"https://{secure.served.record['http']}"
-    context = ssl.create_default_context(cafile=secure.certs / "ca.pem")
-    context.load_cert_chain(secure.certs / "client.pem", secure.certs / "client.key")
-    with httpx.Client(base_url=base, verify=context) as client:
+    with httpx.Client(base_url=base, verify=ssl_context(secure.tls)) as client:
         assert client.get("/v1/models").status_code == 401
         models = client.get("/v1/models", headers={"authorization": f"Bearer {TOKEN}"})
         assert len(models.json()["data"]) == 1
 
 
 def test_no_process_listens_beyond_loopback(secure: Secure) -> None:
-    inodes = {inode for pid in secure.served.descendants() for inode in socket_inodes(pid)}
-    found: set[str] = set()
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A" and fields[9] in inodes:
-                found.add(fields[1])
+    found = secure.served.listening()
     assert len(found) >= 5, "router twice, two workers and the membership service at least"
-    loopback = ("0100007F:", "00000000000000000000000001000000:", "0000000000000000FFFF00000100007F:")
-    assert not {address for address in found if not address.startswith(loopback)}
+    assert {address for address, _ in found} <= LOOPBACK
 
 
 def test_no_secret_is_in_a_log_a_file_a_command_line_or_an_answer(
     secure: Secure, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Runs last: what the tests above provoked is in the logs by now."""
+    """What the tests above provoked is in the logs by now."""
     assert run(["status", *secure.options]) == 0
     assert run(["config", str(secure.config)]) == 0
     served = secure.served
@@ -136,3 +136,41 @@ def test_no_secret_is_in_a_log_a_file_a_command_line_or_an_answer(
         assert not [where for where, text in texts.items() if secret in text]
     assert "is refused" in "".join(texts.values()), "nothing would be found where nothing is logged"
     assert json.loads(texts["ready file"])["grpc"] == served.target
+
+
+async def test_sigterm_under_load_leaves_no_process_port_segment_or_file(secure: Secure) -> None:
+    """The last of this module: it ends the cluster."""
+    served = secure.served
+    own_fds = open_fds()
+    load = Load(served, secure.tls, TOKEN)
+    running = asyncio.create_task(load.run())
+    try:
+        await load.until_all_flow()
+        ports = {port for _, port in served.listening()}
+        assert {port_of(served.record["grpc"]), port_of(served.record["http"])} <= ports
+    finally:
+        status = await asyncio.to_thread(served.stop, signal.SIGTERM)
+    assert status == 0, served.log[-4000:]
+    await running
+    assert await asyncio.to_thread(served.left_behind) == {}
+    assert not [port for port in ports if is_listening(port)]
+    assert "Traceback" not in served.log, served.log[-4000:]
+    # Nobody waits in vain: a stream ended by itself, or was told that a retry may help.
+    assert set(load.ends.values()) <= {"finished", "told"}, load.ends
+    assert "told" in load.ends.values(), "the load ended before the signal"
+    assert open_fds() <= own_fds + GRPC_POLLER_FDS
+
+
+def port_of(endpoint: str) -> int:
+    return int(endpoint.rpartition(":")[2])
+
+
+def is_listening(port: int) -> bool:
+    """Whether anybody accepts on it now."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def open_fds() -> int:
+    """File descriptors of this process."""
+    return len(os.listdir("/proc/self/fd"))
