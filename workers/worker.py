@@ -26,6 +26,7 @@ from pdserve.core.worker_record import WorkerLoad, WorkerRecord
 from pdserve.kvtransfer.handoff.consumer import DecodeHandoffs
 from pdserve.kvtransfer.handoff.producer import HandoffServicer
 from pdserve.kvtransfer.index.base import IndexUnavailable
+from pdserve.kvtransfer.native import load_kernel
 from pdserve.kvtransfer.pool.pool import KvPool
 from pdserve.kvtransfer.transports.base import TRANSPORT_LADDER
 from pdserve.kvtransfer.transports.ladder import ImporterCache, make_exporters
@@ -126,6 +127,7 @@ class Worker:
 
     async def start(self) -> None:
         """Listen and announce; returns when requests can be served."""
+        await asyncio.to_thread(load_kernel)  # built here where the machine has not: no request waits for it
         await self.engine.start()
         self.dispatcher.start()
         await self.prefill.start()

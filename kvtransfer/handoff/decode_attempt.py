@@ -55,6 +55,7 @@ class DecodeAttempt(Shell[DecodeHandoff, pb.DecodeMessage]):
         self._fetches: dict[ev.Part, asyncio.Task[Landed | Failed]] = {}
         self._blocks_moved = 0
         self._bytes_moved = 0
+        self._digests: dict[ev.Part, bytes | None] = {}
 
     def start(self, channel: grpc.aio.Channel) -> None:
         """Open the stream and ask; nothing, where the caller gave up before."""
@@ -262,6 +263,7 @@ class DecodeAttempt(Shell[DecodeHandoff, pb.DecodeMessage]):
             self.feed(ev.ChunkFailed(seq, rank, report.reason))
         else:
             self._bytes_moved += report.num_bytes
+            self._digests[seq, rank] = report.digests
             # First the machine, which waits for this: whatever the listener does with the numbers.
             self.feed(ev.ChunkLanded(seq, rank))
             if self._importer is not None:
@@ -272,7 +274,8 @@ class DecodeAttempt(Shell[DecodeHandoff, pb.DecodeMessage]):
         assert self._landing is not None  # landed only where reserved
         chunk, grant = self._heard.chunks[seq], self._grant_of(seq)
         try:
-            damage = await asyncio.to_thread(self._landing.find_damage, chunk, grant)
+            landed = self._digests.pop((seq, rank))
+            damage = await asyncio.to_thread(self._landing.find_damage, chunk, grant, landed)
             if damage is None and not self.over.is_set():
                 self._note_landed(grant)
         except Exception as error:

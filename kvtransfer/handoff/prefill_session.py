@@ -13,7 +13,7 @@ from pdserve.core.errors import from_foreign
 from pdserve.core.lifecycle import Lifecycle
 from pdserve.core.types import BLOCK_TOKENS, OwnerId, blocks_for
 from pdserve.core.worker_record import WorkerRecord
-from pdserve.kvtransfer.digest import digest_block
+from pdserve.kvtransfer.digest import digest_blocks
 from pdserve.kvtransfer.handoff import events as ev
 from pdserve.kvtransfer.handoff import instructions as do
 from pdserve.kvtransfer.handoff import wire
@@ -276,15 +276,9 @@ class PrefillSession(Shell[PrefillHandoff, pb.PrefillMessage]):
         if not self._asked.digest:
             return chunk
         storage, last = self._site.storage, len(chunk.blocks) - 1
-        digests = [
-            digest_block(
-                storage.read_blocks([block])[0],
-                storage.layout,
-                chunk.last_valid_tokens if at == last else BLOCK_TOKENS,
-            )
-            for at, block in enumerate(chunk.blocks)
-        ]
-        return wire.with_digests(chunk, b"".join(digests))
+        valid = [BLOCK_TOKENS] * last + [chunk.last_valid_tokens]
+        digests = digest_blocks(*storage.readable(chunk.blocks), storage.layout, valid)
+        return wire.with_digests(chunk, digests)
 
     def _fill_ended(self) -> object:
         if self._progress.num_computed != self._tokens:

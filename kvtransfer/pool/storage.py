@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pdserve.core.errors import Unavailable
 from pdserve.core.types import BlockId
+from pdserve.kvtransfer.native import load_kernel
 from pdserve.kvtransfer.pool.header import EXPORTED_OFFSET, TOKEN_BYTES, PoolHeader
 from pdserve.kvtransfer.pool.layout import KvLayout
 
@@ -91,6 +92,12 @@ class KvStorage:
         if self._map is not None:
             self._map[EXPORTED_OFFSET] = int(exported)
 
+    def readable(self, blocks: Sequence[BlockId]) -> tuple[NDArray[np.uint8], Sequence[int]]:
+        """Host memory [n, block_bytes] and the rows in it that hold `blocks`: a copy only from a device."""
+        if self._bytes is not None:
+            return self._bytes, blocks
+        return self.read_blocks(blocks), range(len(blocks))
+
     def read_blocks(self, blocks: Sequence[BlockId]) -> NDArray[np.uint8]:
         """A copy in host memory, [len(blocks), block_bytes]."""
         out = np.empty((len(blocks), self.layout.block_bytes), np.uint8)
@@ -124,6 +131,21 @@ class KvStorage:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def write_and_digest_blocks(
+        self,
+        blocks: Sequence[BlockId],
+        data: NDArray[np.uint8],
+        rows: Sequence[int],
+        valid_tokens: Sequence[int],
+    ) -> NDArray[np.uint64]:
+        """As `write_blocks`, and the digests of what was written, in one pass over memory; CPU only.
+
+        `valid_tokens` are those of each block; the result is [len(blocks), segments_per_block].
+        """
+        return load_kernel().copy_and_digest(
+            data, _index(rows), self.bytes_view, _index(blocks), _index(valid_tokens), self.layout
+        )
+
     def copy_blocks(self, sources: Sequence[BlockId], targets: Sequence[BlockId]) -> None:
         """Copy whole blocks within the pool, pair by pair; on a device in the order of its stream.
 
@@ -148,19 +170,12 @@ class KvStorage:
 def copy_rows(
     source: NDArray[np.uint8], rows: Sequence[int], target: NDArray[np.uint8], target_rows: Sequence[int]
 ) -> None:
-    """target[target_rows[i]] = source[rows[i]], runs that are adjacent on both sides in one memory copy."""
-    start = 0
-    while start < len(rows):
-        end = start + 1
-        while (
-            end < len(rows)
-            and rows[end] == rows[end - 1] + 1
-            and target_rows[end] == target_rows[end - 1] + 1
-        ):
-            end += 1
-        first, first_target, length = rows[start], target_rows[start], end - start
-        target[first_target : first_target + length] = source[first : first + length]
-        start = end
+    """target[target_rows[i]] = source[rows[i]]; raises IndexError for a row that is not there."""
+    load_kernel().copy(source, _index(rows), target, _index(target_rows))
+
+
+def _index(numbers: Sequence[int]) -> NDArray[np.int64]:
+    return np.array(numbers, np.int64)
 
 
 def _sealed_memory(size: int) -> int:

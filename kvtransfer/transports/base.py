@@ -29,12 +29,16 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What to copy for one chunk. `epoch` tells attempts over one connection apart."""
+    """What to copy for one chunk. `epoch` tells attempts over one connection apart.
+
+    `digest` is D's alone and does not travel: an importer that can digest while it copies should.
+    """
 
     handoff: HandoffId
     epoch: int
     seq: int
     segments: tuple[Segment, ...]
+    digest: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,8 @@ class Landed:
     seq: int
     num_bytes: int
     seconds: float
+    digests: bytes | None = None
+    """Of what was written to D's blocks (see digest.py), if the grant asked and this transport makes them."""
 
 
 @dataclass(frozen=True, slots=True)

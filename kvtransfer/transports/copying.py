@@ -55,13 +55,15 @@ def refusal(grant: Grant, *, sources: int | None, destinations: int | None, bloc
     """Why a grant cannot be carried out between pools of these sizes (None: not this side's to check)."""
     if not (0 <= grant.epoch < _WORD and 0 <= grant.seq < _WORD):
         return f"epoch {grant.epoch} and seq {grant.seq} must be in [0, 2**63)"
-    for segment in grant.segments:
-        if sources is not None and not 0 <= segment.source < sources:
-            return f"source block {segment.source} is not in a pool of {sources} blocks"
-        if destinations is not None and not 0 <= segment.destination < destinations:
-            return f"destination block {segment.destination} is not in a pool of {destinations} blocks"
-        if not 0 < segment.valid_tokens <= block_tokens:
-            return f"{segment.valid_tokens} valid tokens in a block of {block_tokens}"
+    if not grant.segments:
+        return None
+    source, _, destination, valid = zip(*grant.segments, strict=True)
+    if sources is not None and (bad := _outside(source, 0, sources - 1)) is not None:
+        return f"source block {bad} is not in a pool of {sources} blocks"
+    if destinations is not None and (bad := _outside(destination, 0, destinations - 1)) is not None:
+        return f"destination block {bad} is not in a pool of {destinations} blocks"
+    if (bad := _outside(valid, 1, block_tokens)) is not None:
+        return f"{bad} valid tokens in a block of {block_tokens}"
     return None
 
 
@@ -69,10 +71,20 @@ def stale(segments: Sequence[Segment], generations: NDArray[np.uint64]) -> str |
     """Which source block is no longer what was granted, None if all still are.
 
     Readers ask before and after they copy (see blocks.Blocks). x86-64 keeps the two loads and the copy in
-    order; on machines that do not, the digest over what landed is what catches a torn read.
+    order, and a native copy orders its writes; on machines that do not, the digest over what landed is what
+    catches a torn read.
     """
-    for segment in segments:
-        found = int(generations[segment.source])
-        if found != segment.generation:
-            return f"source block {segment.source} is of generation {found}, granted was {segment.generation}"
+    found = generations[[segment.source for segment in segments]].tolist() if segments else []
+    for segment, generation in zip(segments, found, strict=True):
+        if generation != segment.generation:
+            said = f"source block {segment.source} is of generation {generation}"
+            return f"{said}, granted was {segment.generation}"
+    return None
+
+
+def _outside(numbers: Sequence[int], least: int, most: int) -> int | None:
+    """A number that is not in [least, most], None if all are."""
+    for extreme in (min(numbers), max(numbers)):
+        if not least <= extreme <= most:
+            return extreme
     return None

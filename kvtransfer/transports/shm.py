@@ -13,12 +13,15 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from pdserve.core.clock import Clock, MonotonicClock
 from pdserve.core.errors import PdserveError, Unavailable
 from pdserve.core.types import HandoffId
+from pdserve.kvtransfer.digest import as_bytes
+from pdserve.kvtransfer.native import load_kernel
 from pdserve.kvtransfer.pool.header import EXPORTED_OFFSET, PAGE_BYTES, PoolHeader
 from pdserve.kvtransfer.pool.storage import KvStorage
 from pdserve.kvtransfer.transports.base import Failed, Grant, Landed, Offer, Segment, SourceDone
@@ -125,6 +128,10 @@ class ShmImporter:
         self._idle.set()
         self._closed = False
 
+    async def warm_up(self) -> None:
+        """Start the copy thread, with what it will run."""
+        await self._copier.run(load_kernel)
+
     async def fetch(self, grant: Grant) -> Landed | Failed:
         started = self._clock.now()
         if self._closed:
@@ -134,17 +141,18 @@ class ShmImporter:
         self._idle.clear()
         try:
             async with asyncio.timeout(self._timeout_s):
-                reason = await self._copier.run(lambda: self._copy(grant, stop), stop)
+                copied = await self._copier.run(lambda: self._copy(grant, stop), stop)
         except TimeoutError:
-            reason = f"the copy took longer than {self._timeout_s} s"
+            copied = _Copied(f"the copy took longer than {self._timeout_s} s")
         finally:
             self._stops.discard(stop)
             if not self._stops:
                 self._idle.set()
-        if reason is not None:
-            return Failed(grant.handoff, grant.epoch, grant.seq, reason)
+        if copied.reason is not None:
+            return Failed(grant.handoff, grant.epoch, grant.seq, copied.reason)
         num_bytes = len(grant.segments) * self._storage.layout.block_bytes
-        return Landed(grant.handoff, grant.epoch, grant.seq, num_bytes, self._clock.now() - started)
+        seconds = self._clock.now() - started
+        return Landed(grant.handoff, grant.epoch, grant.seq, num_bytes, seconds, copied.digests)
 
     async def close(self) -> None:
         if self._closed:
@@ -156,8 +164,8 @@ class ShmImporter:
         self._copier.close()
         self._mapped.close()
 
-    def _copy(self, grant: Grant, stop: threading.Event) -> str | None:
-        """In the copy thread: why the blocks must not be used, None if they are right."""
+    def _copy(self, grant: Grant, stop: threading.Event) -> "_Copied":
+        """In the copy thread."""
         mapped, storage = self._mapped, self._storage
         reason = refusal(
             grant,
@@ -166,17 +174,31 @@ class ShmImporter:
             block_tokens=storage.layout.block_tokens,
         ) or mapped.distrust(grant.segments)
         if reason is not None:
-            return reason
+            return _Copied(reason)
+        digests: list[bytes] | None = [] if grant.digest and storage.fd is not None else None
         for start in range(0, len(grant.segments), _BATCH):
             if stop.is_set():
-                return "the fetch was given up while it copied"
+                return _Copied("the fetch was given up while it copied")
             batch = grant.segments[start : start + _BATCH]
             sources = [segment.source for segment in batch]
+            destinations = [segment.destination for segment in batch]
             try:
-                storage.write_blocks([segment.destination for segment in batch], mapped.blocks, sources)
+                if digests is None:
+                    storage.write_blocks(destinations, mapped.blocks, sources)
+                else:
+                    valid = [segment.valid_tokens for segment in batch]
+                    found = storage.write_and_digest_blocks(destinations, mapped.blocks, sources, valid)
+                    digests.append(as_bytes(found))
             except (PdserveError, RuntimeError) as error:
-                return f"the blocks could not be written: {error}"
-        return mapped.distrust(grant.segments)
+                return _Copied(f"the blocks could not be written: {error}")
+        return _Copied(mapped.distrust(grant.segments), None if digests is None else b"".join(digests))
+
+
+class _Copied(NamedTuple):
+    """`reason`: why the blocks must not be used, None if they are right. `digests` of what was written."""
+
+    reason: str | None
+    digests: bytes | None = None
 
 
 class _MappedPool:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SUFFIXES = {".py", ".pyi", ".proto", ".lua", ".typed"}
+SUFFIXES = {".py", ".pyi", ".proto", ".lua", ".cpp", ".typed"}
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -60,7 +60,7 @@ def test_the_wheel_holds_every_source_as_a_real_file(wheel: Path) -> None:
     assert {"pdserve/__init__.py", "pdserve/py.typed"} | sources == {
         name for name in members if not name.partition("/")[0].endswith(".dist-info")
     }
-    assert {Path(name).suffix for name in sources} >= {".py", ".pyi", ".proto", ".lua"}
+    assert {Path(name).suffix for name in sources} >= {".py", ".pyi", ".proto", ".lua", ".cpp"}
     for name, member in members.items():
         assert not stat.S_ISLNK(member.external_attr >> 16), name
 
