@@ -67,6 +67,7 @@ def is_new(machine: DecodeHandoff, event: object) -> bool:
 
 
 def is_next_chunk(machine: DecodeHandoff, event: ev.ChunkReady) -> bool:
+    """It begins where the last one ended and lies inside the prompt, of which P has not said the end yet."""
     expected = machine.ends[-1] if machine.ends else 0
     in_order = event.seq == len(machine.ends) and event.first == expected < event.end
     return machine.opened and not machine.filled and in_order and event.end <= blocks_for(machine.tokens)

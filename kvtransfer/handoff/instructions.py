@@ -7,6 +7,8 @@ from pdserve.kvtransfer.handoff.states import Outcome, ReleaseStatus
 
 @dataclass(frozen=True, slots=True)
 class SendAbort:
+    """Tell the peer that this side gives the handoff up."""
+
     reason: str
 
 
@@ -30,6 +32,8 @@ class Reserve:
 
 @dataclass(frozen=True, slots=True)
 class SendGrant:
+    """Ask P for the bytes of one chunk."""
+
     seq: int
 
 
@@ -88,6 +92,8 @@ class SendOpened:
 
 @dataclass(frozen=True, slots=True)
 class SendRejected:
+    """Answer that the request is not taken on, and why."""
+
     reason: str
 
 
@@ -98,11 +104,15 @@ class StartFill:
 
 @dataclass(frozen=True, slots=True)
 class SendChunk:
+    """Announce blocks that are final, with their generations and digests."""
+
     seq: int
 
 
 @dataclass(frozen=True, slots=True)
 class SendFilled:
+    """Say that everything is computed, in how many chunks."""
+
     chunks: int
 
 
@@ -116,6 +126,8 @@ class Serve:
 
 @dataclass(frozen=True, slots=True)
 class SendSourceFailed:
+    """Say that a granted chunk cannot be read."""
+
     seq: int
     reason: str
 
@@ -127,6 +139,8 @@ class CancelFill:
 
 @dataclass(frozen=True, slots=True)
 class SendReleased:
+    """The last word: ok is the commit point of the transaction."""
+
     status: ReleaseStatus
 
 
