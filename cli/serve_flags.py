@@ -46,7 +46,7 @@ SERVE_FLAGS = (
     ServeFlag("decode", "decode", "Decode workers."),
     ServeFlag("mixed", "mixed", "Workers that do both; alone: only these."),
     ServeFlag("dtype", "dtype", "float32 or bfloat16."),
-    ServeFlag("transport", "handoff.transport", "How KV blocks travel: auto, shm or tcp."),
+    ServeFlag("transport", "handoff.transport", "How KV blocks travel: auto, inproc, shm or tcp."),
     ServeFlag("host", "router.host", "Address to listen on."),
     ServeFlag("grpc_port", "router.grpc_port", "Port of the gRPC API; 0 picks a free one."),
     ServeFlag(

@@ -41,8 +41,12 @@ def _card(w: WorkerStatus) -> str:
         f"  {w.blocks.total} blocks: {blocks}; {w.blocks.promised} promised",
     ]
     lines += [
-        f"  {size(use.bytes)} fetched over {use.transport} in {use.chunks} chunks, {_rate(use)}/s"
+        line
         for use in w.transports
+        for line in (
+            f"  {size(use.bytes)} fetched over {use.transport} in {use.chunks} chunks, {_rate(use)}/s",
+            f"  {use.pairs} pairs use {use.transport}, {use.falls} falls to it",
+        )
     ]
     return "\n".join(lines)
 
@@ -73,13 +77,21 @@ def _blocks(workers: tuple[WorkerStatus, ...]) -> Table:
 
 def _transports(workers: tuple[WorkerStatus, ...]) -> Table | Text:
     rows = [
-        (w.worker, use.transport, str(use.chunks), size(use.bytes), _rate(use))
+        (
+            w.worker,
+            use.transport,
+            str(use.pairs),
+            str(use.chunks),
+            size(use.bytes),
+            _rate(use),
+            str(use.falls),
+        )
         for w in workers
         for use in w.transports
     ]
     if not rows:
         return Text("no KV cache has moved")
-    return make_table(("fetched by", "over"), ("chunks", "moved", "per second"), rows)
+    return make_table(("fetched by", "over"), ("pairs", "chunks", "moved", "per second", "falls"), rows)
 
 
 def _router(seen: ClusterStatus) -> str:

@@ -97,7 +97,8 @@ def _worker(message: pb.WorkerStatus) -> WorkerStatus:
         uptime_s=message.uptime_s,
         preemptions=message.preemptions,
         transports=tuple(
-            TransportUse(use.transport, use.chunks, use.bytes, use.seconds) for use in message.transports
+            TransportUse(use.transport, use.chunks, use.bytes, use.seconds, use.pairs, use.falls)
+            for use in message.transports
         ),
     )
 

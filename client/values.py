@@ -151,6 +151,10 @@ class TransportUse:
     bytes: int
     seconds: float
     """Time in copies, summed; copies may overlap."""
+    pairs: int = 0
+    """Peers that it fetches from over this transport now."""
+    falls: int = 0
+    """Times that a pair came down to this transport because a better one did not work."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from pdserve.core.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16")
-TRANSPORTS = ("auto", "shm", "tcp")
+TRANSPORTS = ("auto", "inproc", "shm", "tcp")
 
 
 @dataclass(frozen=True, slots=True)

@@ -264,16 +264,20 @@ class BlockCounts(_message.Message):
     def __init__(self, total: _Optional[int] = ..., free: _Optional[int] = ..., held: _Optional[int] = ..., reserved: _Optional[int] = ..., cached: _Optional[int] = ..., loading: _Optional[int] = ..., quarantined: _Optional[int] = ..., promised: _Optional[int] = ...) -> None: ...
 
 class TransportUse(_message.Message):
-    __slots__ = ("transport", "chunks", "bytes", "seconds")
+    __slots__ = ("transport", "chunks", "bytes", "seconds", "pairs", "falls")
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     CHUNKS_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PAIRS_FIELD_NUMBER: _ClassVar[int]
+    FALLS_FIELD_NUMBER: _ClassVar[int]
     transport: str
     chunks: int
     bytes: int
     seconds: float
-    def __init__(self, transport: _Optional[str] = ..., chunks: _Optional[int] = ..., bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+    pairs: int
+    falls: int
+    def __init__(self, transport: _Optional[str] = ..., chunks: _Optional[int] = ..., bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., pairs: _Optional[int] = ..., falls: _Optional[int] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
     __slots__ = ("worker", "incarnation", "role", "model", "endpoint", "pid", "draining", "role_weight", "blocks", "running", "waiting", "handoffs", "in_flight", "state", "uptime_s", "preemptions", "transports")

@@ -101,7 +101,12 @@ def worker_load(
 def transport_uses(use: WorkerUse) -> list[inference_pb2.TransportUse]:
     return [
         inference_pb2.TransportUse(
-            transport=transport, chunks=used.chunks, bytes=used.num_bytes, seconds=used.seconds
+            transport=transport,
+            chunks=used.chunks,
+            bytes=used.num_bytes,
+            seconds=used.seconds,
+            pairs=used.pairs,
+            falls=used.falls,
         )
         for transport, used in sorted(use.transports.items())
     ]

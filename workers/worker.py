@@ -28,8 +28,9 @@ from pdserve.kvtransfer.handoff.producer import HandoffServicer
 from pdserve.kvtransfer.index.base import IndexUnavailable
 from pdserve.kvtransfer.native import load_kernel
 from pdserve.kvtransfer.pool.pool import KvPool
-from pdserve.kvtransfer.transports.base import TRANSPORT_LADDER
-from pdserve.kvtransfer.transports.ladder import ImporterCache, make_exporters
+from pdserve.kvtransfer.transports.base import TRANSPORT_LADDER, accepted
+from pdserve.kvtransfer.transports.importers import ImporterCache, RungUse
+from pdserve.kvtransfer.transports.ladder import make_exporters
 from pdserve.proto import handoff_pb2_grpc, worker_pb2, worker_pb2_grpc
 from pdserve.proto.connections import listen
 from pdserve.workers import convert
@@ -94,6 +95,9 @@ class Worker:
         self._texts = TextPreparation(model.constraints.compiled)
         self.engine = seams.engine(self._make_engine(model, seams))
         self.dispatcher = OutputDispatcher(self.engine, self._engine_failed)
+        self._importers = ImporterCache(
+            self.storage, accepted(spec.handoff.transport), tls=self._socket_tls()
+        )
         self.handoffs = self._make_handoffs(seams)
         self.prefill = self._make_prefill(seams)
         self.decode = DecodeRole(
@@ -212,7 +216,14 @@ class Worker:
     def use(self) -> WorkerUse:
         """What it has done since it started."""
         uptime_s = 0.0 if self._ready_at is None else self.clock.now() - self._ready_at
-        return WorkerUse(uptime_s, self.engine.stats().preemptions, dict(self._transports))
+        rungs = self._importers.rungs()
+        transports = {
+            name: dataclasses.replace(
+                self._transports.get(name, TransportUse()), **rungs.get(name, RungUse())._asdict()
+            )
+            for name in {*self._transports, *rungs}
+        }
+        return WorkerUse(uptime_s, self.engine.stats().preemptions, transports)
 
     def heartbeat(self) -> worker_pb2.WorkerHeartbeat:
         """What every session hears a few times a second."""
@@ -255,14 +266,12 @@ class Worker:
         return ThreadEngineClient(engine, threads=config.threads, name=f"engine-{self.spec.worker}")
 
     def _make_handoffs(self, seams: Seams) -> DecodeHandoffs:
-        config = self.spec.handoff
-        allowed = TRANSPORT_LADDER if config.transport == "auto" else (config.transport,)
         return DecodeHandoffs(
             record=self.record,
             pool=self.pool,
             storage=self.storage,
-            importers=seams.importers(ImporterCache(self.storage, allowed, tls=self._socket_tls())),
-            config=config,
+            importers=seams.importers(self._importers),
+            config=self.spec.handoff,
             progress=self._progress,
             clock=self.clock,
             observer=seams.observer,

@@ -25,7 +25,7 @@ from pdserve.kvtransfer.handoff.shell import Observer
 from pdserve.kvtransfer.handoff.states import Outcome
 from pdserve.kvtransfer.pool.pool import KvPool
 from pdserve.kvtransfer.pool.storage import KvStorage
-from pdserve.kvtransfer.transports.base import TRANSPORT_LADDER
+from pdserve.kvtransfer.transports.base import accepted
 from pdserve.proto.connections import connect
 
 __all__ = ["Committed", "DecodeHandoffs", "HandoffAsk", "HandoffPeer", "NotServed"]
@@ -70,7 +70,7 @@ class DecodeHandoffs:
             pool=pool,
             storage=storage,
             importers=importers,
-            transports=TRANSPORT_LADDER if config.transport == "auto" else (config.transport,),
+            transports=accepted(config.transport),
             config=config,
             progress=progress,
             clock=clock,

@@ -19,7 +19,7 @@ from pdserve.kvtransfer.transports.base import Importer, Offer
 
 
 class Importers(Protocol):
-    """Who has the importer for a peer; see transports/ladder.py."""
+    """Who has the importer for a peer; see transports/importers.py."""
 
     async def get(
         self, worker: WorkerId, incarnation: Incarnation, offers: Sequence[Offer]

@@ -10,12 +10,17 @@ that arrive by themselves (two-sided transports) land in staging memory first.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from pdserve.core.types import BlockId, HandoffId
 
-TRANSPORT_LADDER = ("shm", "tcp")
+TRANSPORT_LADDER = ("inproc", "shm", "tcp")
 """Best rung first; the names are the same in flags, messages and metrics."""
+
+
+def accepted(configured: str) -> tuple[str, ...]:
+    """The rungs that a D accepts under `handoff.transport`, best first."""
+    return TRANSPORT_LADDER if configured == "auto" else (configured,)
 
 
 class Segment(NamedTuple):
@@ -92,6 +97,15 @@ class Importer(Protocol):
 
     async def close(self) -> None:
         """Let go of the peer; outstanding fetches report Failed."""
+        ...
+
+
+@runtime_checkable
+class Warmable(Protocol):
+    """An importer with work to do before its first fetch."""
+
+    async def warm_up(self) -> None:
+        """Do it now, while P still computes. Raises OSError or Unavailable where P is out of reach."""
         ...
 
 

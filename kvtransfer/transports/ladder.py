@@ -1,21 +1,32 @@
-"""Which transport a pair uses: the best rung that both allow and that reaches; and the importers in use."""
+"""Which transport a pair uses: the best rung that both allow and that reaches from here."""
 
-import asyncio
-import logging
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from pdserve.core.errors import ConfigError, Unavailable
 from pdserve.core.security.tls import SocketTls
-from pdserve.core.types import Incarnation, WorkerId
 from pdserve.kvtransfer.pool.storage import KvStorage
 from pdserve.kvtransfer.transports.base import TRANSPORT_LADDER, Exporter, Importer, Offer
-from pdserve.kvtransfer.transports.shm import ShmExporter, ShmImporter, reachable
+from pdserve.kvtransfer.transports.inproc import InprocExporter, InprocImporter, exporter_here
+from pdserve.kvtransfer.transports.shm import HostIdentity, ShmExporter, ShmImporter, reachable
 from pdserve.kvtransfer.transports.tcp import TcpExporter, TcpImporter
 
-_log = logging.getLogger(__name__)
-
 DEFAULT_TIMEOUT_S = 10.0
+
+
+class Obstacle(NamedTuple):
+    """Why a pair cannot use a rung. `expected`: for where these two run it was never meant to work."""
+
+    reason: str
+    expected: bool
+
+
+class Rung(NamedTuple):
+    """One step of the ladder, for one pair. Without an obstacle there is an offer."""
+
+    transport: str
+    offer: Offer | None
+    obstacle: Obstacle | None
 
 
 def ordered(allowed: Sequence[str]) -> tuple[str, ...]:
@@ -25,17 +36,36 @@ def ordered(allowed: Sequence[str]) -> tuple[str, ...]:
     return tuple(rung for rung in TRANSPORT_LADDER if rung in allowed)
 
 
-def choose(offers: Sequence[Offer], allowed: Sequence[str], storage: KvStorage) -> Offer | None:
-    """The best offer that is allowed, has `storage`'s layout and can be reached from here; None if none is.
+def survey(offers: Sequence[Offer], allowed: Sequence[str], storage: KvStorage) -> Iterator[Rung]:
+    """The allowed rungs, best first, each with what stands in the way of copying to `storage` over it.
 
-    What tcp reaches shows only at the first fetch, so its offer counts as reachable.
+    What tcp reaches shows only when it connects, so its offer has no obstacle.
     """
-    layout = storage.layout.fingerprint().hex()
-    by_rung = {offer.transport: offer for offer in offers if offer.parameters.get("layout") == layout}
-    for rung in ordered(allowed):
-        offer = by_rung.get(rung)
-        if offer is not None and (rung != "shm" or reachable(offer)):
-            return offer
+    by_name = {offer.transport: offer for offer in offers}
+    for transport in ordered(allowed):
+        offer = by_name.get(transport)
+        yield Rung(transport, offer, _obstacle(transport, offer, storage))
+
+
+def choose(offers: Sequence[Offer], allowed: Sequence[str], storage: KvStorage) -> Offer | None:
+    """The offer of the best rung without an obstacle; None if there is none."""
+    usable = (rung.offer for rung in survey(offers, allowed, storage) if rung.obstacle is None)
+    return next(usable, None)
+
+
+def _obstacle(transport: str, offer: Offer | None, storage: KvStorage) -> Obstacle | None:
+    if offer is None:
+        return Obstacle("it is not offered", expected=transport == "inproc")
+    if offer.parameters.get("layout") != storage.layout.fingerprint().hex():
+        return Obstacle("the offered pool has another block layout", expected=False)
+    if transport == "inproc" and exporter_here(offer) is None:
+        return Obstacle("the offered pool is in another process", expected=True)
+    if transport == "shm" and offer.parameters.get("boot_id") != HostIdentity.mine().boot_id:
+        return Obstacle("the offered pool is on another host", expected=True)
+    if transport == "shm" and not reachable(offer):
+        return Obstacle(
+            "the offered pool cannot be mapped: both ends need one user and one pid namespace", expected=False
+        )
     return None
 
 
@@ -47,6 +77,8 @@ def make_importer(
     tls: SocketTls | None = None,
 ) -> Importer:
     """D's half for an offer. Raises Unavailable where it cannot be made (any more)."""
+    if offer.transport == "inproc":
+        return InprocImporter(storage, offer, timeout_s=timeout_s)
     if offer.transport == "shm":
         return ShmImporter(storage, offer, timeout_s=timeout_s)
     if offer.transport == "tcp":
@@ -71,79 +103,10 @@ def make_exporters(
     server = None if tls is None else tls.server
     exporters: list[Exporter] = []
     for rung in ordered(allowed):
-        if rung == "shm" and storage.fd is not None:
+        if rung == "inproc" and storage.fd is not None:
+            exporters.append(InprocExporter(storage))
+        elif rung == "shm" and storage.fd is not None:
             exporters.append(ShmExporter(storage))
         elif rung == "tcp":
             exporters.append(TcpExporter(storage, host, advertise=advertise, timeout_s=timeout_s, tls=server))
     return tuple(exporters)
-
-
-_Pair = tuple[WorkerId, Incarnation, str]
-
-
-class ImporterCache:
-    """D's importers, one per (worker, incarnation, transport), least recently used closed first.
-
-    The cache owns them: whoever got one must not close it. An importer closed under a fetch reports Failed.
-    """
-
-    def __init__(
-        self,
-        storage: KvStorage,
-        allowed: Sequence[str],
-        *,
-        capacity: int = 64,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
-        tls: SocketTls | None = None,
-    ) -> None:
-        self._storage = storage
-        self._allowed = ordered(allowed)
-        self._capacity = capacity
-        self._timeout_s = timeout_s
-        self._tls = tls
-        self._importers: OrderedDict[_Pair, Importer] = OrderedDict()
-
-    async def get(
-        self, worker: WorkerId, incarnation: Incarnation, offers: Sequence[Offer]
-    ) -> Importer | None:
-        """The pair's importer, made if need be; None where no offer is allowed and reachable.
-
-        A new incarnation closes what was made for the worker's earlier ones.
-        """
-        offered = {offer.transport for offer in offers}
-        for rung in self._allowed:
-            if rung in offered and (found := self._importers.get((worker, incarnation, rung))) is not None:
-                self._importers.move_to_end((worker, incarnation, rung))
-                return found
-        offer = choose(offers, self._allowed, self._storage)
-        if offer is None:
-            return None
-        if offer.transport != self._allowed[0]:
-            _log.warning(
-                "kv transfer from %s (%s) uses %s, below the best allowed transport %s",
-                worker,
-                incarnation,
-                offer.transport,
-                self._allowed[0],
-            )
-        importer = make_importer(offer, self._storage, timeout_s=self._timeout_s, tls=self._tls)
-        self._importers[worker, incarnation, offer.transport] = importer
-        await self._close_surplus(worker, incarnation)
-        return importer
-
-    async def drop(self, worker: WorkerId, incarnation: Incarnation) -> None:
-        """Close everything that leads to this incarnation; with shm, its memory is let go of."""
-        await self._close([pair for pair in self._importers if pair[:2] == (worker, incarnation)])
-
-    async def close(self) -> None:
-        await self._close(list(self._importers))
-
-    async def _close_surplus(self, worker: WorkerId, incarnation: Incarnation) -> None:
-        pairs = list(self._importers)
-        old = [pair for pair in pairs if pair[0] == worker and pair[1] != incarnation]
-        rest = [pair for pair in pairs if pair not in old]
-        await self._close(old + rest[: max(0, len(rest) - self._capacity)])
-
-    async def _close(self, pairs: Sequence[_Pair]) -> None:
-        closing = [self._importers.pop(pair) for pair in pairs]
-        await asyncio.gather(*(importer.close() for importer in closing))

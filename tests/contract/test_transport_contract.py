@@ -26,7 +26,16 @@ from pdserve.core.types import BlockId, HandoffId, OwnerId
 from pdserve.kvtransfer.pool.layout import KvLayout
 from pdserve.kvtransfer.pool.pool import KvPool
 from pdserve.kvtransfer.pool.storage import KvStorage
-from pdserve.kvtransfer.transports.base import Failed, Grant, Importer, Landed, Offer, Segment, SourceDone
+from pdserve.kvtransfer.transports.base import (
+    TRANSPORT_LADDER,
+    Failed,
+    Grant,
+    Importer,
+    Landed,
+    Offer,
+    Segment,
+    SourceDone,
+)
 from pdserve.kvtransfer.transports.ladder import make_exporters, make_importer
 
 SOURCE_BLOCKS = 24
@@ -35,6 +44,7 @@ TIMEOUT_S = 20.0
 SHORT_S = 0.3
 HANDOFF = HandoffId("h1")
 UNTOUCHED = 0xA5
+WAYS = ("inproc", "shm", "tcp", "tcp+tls")
 
 
 def content(block: int, layout: KvLayout) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -232,13 +242,15 @@ async def meet(transport: str, place: str, dtype: str, timeout_s: float) -> Asyn
         storage.close()
 
 
-@pytest.fixture(params=["shm", "tcp", "tcp+tls"])
+@pytest.fixture(params=WAYS)
 def transport(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture(params=["inside", "child"])
-def place(request: pytest.FixtureRequest) -> str:
+def place(request: pytest.FixtureRequest, transport: str) -> str:
+    if request.param == "child":
+        skip_without_processes(transport)
     return str(request.param)
 
 
@@ -246,6 +258,15 @@ def place(request: pytest.FixtureRequest) -> str:
 async def pair(transport: str, place: str) -> AsyncIterator[Pair]:
     async with meet(transport, place, "float32", TIMEOUT_S) as met:
         yield met
+
+
+def skip_without_processes(transport: str) -> None:
+    if transport == "inproc":
+        pytest.skip("inproc: both halves are in one process, so there is no child to run P in")
+
+
+def test_every_rung_of_the_ladder_is_in_this_suite() -> None:
+    assert {way.partition("+")[0] for way in WAYS} == set(TRANSPORT_LADDER)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -307,8 +328,9 @@ async def test_a_source_block_reused_during_the_copy_fails_the_fetch(
     async with meet(transport, "inside", "float32", TIMEOUT_S) as pair:
         assert isinstance(pair.source, Source)
         pool = pair.source.pool
-        copying = pair.storage if transport == "shm" else pair.source.storage
-        method = "write_blocks" if transport == "shm" else "read_blocks_into"
+        one_sided = transport in ("inproc", "shm")
+        copying = pair.storage if one_sided else pair.source.storage
+        method = "write_blocks" if one_sided else "read_blocks_into"
         copy = getattr(copying, method)
 
         def copy_while_reused(*arguments: Any) -> None:
@@ -361,6 +383,7 @@ async def test_memory_that_was_given_back_is_never_trusted(transport: str) -> No
 
 
 async def test_a_killed_source_fails_later_fetches(transport: str) -> None:
+    skip_without_processes(transport)
     async with meet(transport, "child", "float32", TIMEOUT_S) as pair:
         assert isinstance(pair.source, Remote)
         assert isinstance((await pair.carry_out(pair.grant([0], [0])))[0], Landed)

@@ -203,7 +203,8 @@ async def test_generate_and_status_are_the_sdks(
         seen = {worker["worker"]: worker for worker in json.loads(out)["workers"]}
         assert seen.keys() == WORKERS.keys()
         (moved,) = seen["decode-0"]["transports"]
-        assert (moved["transport"], seen["prefill-0"]["transports"]) == ("shm", [])
+        assert (moved["transport"], seen["prefill-0"]["transports"]) == ("inproc", [])
+        assert (moved["pairs"], moved["falls"]) == (1, 0)
         assert moved["chunks"] > 0
         assert moved["bytes"] > 0
         blocks = seen["decode-0"]["blocks"]

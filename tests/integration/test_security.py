@@ -77,7 +77,7 @@ async def test_with_everything_on_a_disaggregated_request_gives_the_same_tokens_
     async with stack(config_of(tiny_model, redis, SecurityConfig()), DISAGGREGATED) as plain:
         expected, _ = await completion(plain)
     assert len(expected) == TOKENS
-    for transport in ("shm", "tcp"):
+    for transport in ("inproc", "shm", "tcp"):
         config = config_of(tiny_model, redis, everything_on(ours), transport)
         async with stack(config, DISAGGREGATED, credentials=credentials(ours)) as secure:
             assert await completion(secure) == (expected, transport)

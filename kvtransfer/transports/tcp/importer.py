@@ -136,7 +136,7 @@ class _Connection:
 
 
 class TcpImporter:
-    """Fetches from one exporter. Connects at the first fetch, and again after a connection was lost."""
+    """Fetches from one exporter. Connects to warm up or to fetch, and again after a connection was lost."""
 
     transport = "tcp"
 
@@ -170,6 +170,10 @@ class TcpImporter:
         self._copier = CopyThread("kv-tcp-in")
         self._opening: asyncio.Task[_Connection] | None = None
         self._closed = False
+
+    async def warm_up(self) -> None:
+        """Connect. Raises OSError (a timeout is one) where that fails."""
+        await self._connected()
 
     async def fetch(self, grant: Grant) -> Landed | Failed:
         started = self._clock.now()

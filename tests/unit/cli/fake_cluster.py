@@ -102,7 +102,11 @@ class FakeCluster(InferenceServicer, AdminServicer):
             running=2,
             waiting=1,
             blocks=inference_pb2.BlockCounts(total=64, free=50, held=10, cached=4, promised=12),
-            transports=[inference_pb2.TransportUse(transport="shm", chunks=4, bytes=3_000_000, seconds=0.5)],
+            transports=[
+                inference_pb2.TransportUse(
+                    transport="shm", chunks=4, bytes=3_000_000, seconds=0.5, pairs=7, falls=9
+                )
+            ],
         )
         return inference_pb2.GetStatusResponse(
             workers=[worker],

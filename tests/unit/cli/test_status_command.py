@@ -21,7 +21,7 @@ def test_the_page_has_every_figure(cluster: FakeCluster, capsys: pytest.CaptureF
     assert member in rows
     assert ["decode-0", "2", "1", "0", "0", "5"] in rows  # running, waiting, in flight, handoffs, preempted
     assert ["decode-0", "50", "10", "0", "4", "0", "0", "64", "12"] in rows  # blocks by state
-    assert ["decode-0", "shm", "4", "3.0", "MB", "6.0", "MB"] in rows
+    assert ["decode-0", "shm", "7", "4", "3.0", "MB", "6.0", "MB", "9"] in rows
     text = "\n".join(" ".join(row) for row in rows)
     assert "index: redis answers\nlookups: 9, 0.5 ms on average; 1 unanswered\n" in text
     assert f"prompt blocks found: 5 of 20 (25 %)\nmembership: {cluster.target}\n3 requests in flight" in text
@@ -32,7 +32,15 @@ def test_json_has_every_figure(cluster: FakeCluster, capsys: pytest.CaptureFixtu
     seen = json.loads(capsys.readouterr().out)
     (worker,) = seen["workers"]
     assert (worker["pid"], worker["uptime_s"], worker["preemptions"]) == (12, 3700, 5)
-    assert worker["transports"] == [{"transport": "shm", "chunks": 4, "bytes": 3_000_000, "seconds": 0.5}]
+    (used,) = worker["transports"]
+    assert used == {
+        "transport": "shm",
+        "chunks": 4,
+        "bytes": 3_000_000,
+        "seconds": 0.5,
+        "pairs": 7,
+        "falls": 9,
+    }
     assert seen["index_use"]["found_blocks"] == 5
 
 

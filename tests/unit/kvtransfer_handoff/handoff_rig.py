@@ -45,7 +45,8 @@ from pdserve.kvtransfer.transports.base import (
     Offer,
     SourceDone,
 )
-from pdserve.kvtransfer.transports.ladder import ImporterCache, make_exporters
+from pdserve.kvtransfer.transports.importers import ImporterCache
+from pdserve.kvtransfer.transports.ladder import make_exporters
 from pdserve.proto import handoff_pb2_grpc
 
 LAYOUT = KvLayout(num_layers=2, num_kv_heads=2, head_dim=4, dtype="float32")

@@ -115,7 +115,7 @@ async def test_a_cut_stream_ends_the_handoff_in_every_state(state: str) -> None:
         at.rig.check()
 
 
-@pytest.mark.parametrize("transport", ["shm", "tcp"])
+@pytest.mark.parametrize("transport", ["inproc", "shm", "tcp"])
 @pytest.mark.parametrize("state", STATES)
 async def test_a_cancel_leaves_both_pools_balanced_in_every_state(state: str, transport: str) -> None:
     if (state, transport) == ("verified", "tcp"):
@@ -184,7 +184,7 @@ async def test_a_cancel_in_the_moment_of_the_commit_leaves_nothing_behind() -> N
         assert rig.d.pool.counts().held == 0
 
 
-@pytest.mark.parametrize("transport", ["shm", "tcp"])
+@pytest.mark.parametrize("transport", ["inproc", "shm", "tcp"])
 async def test_bytes_that_change_after_exposure_are_never_committed(transport: str) -> None:
     async with Rig(transport) as rig:
 
@@ -285,7 +285,7 @@ async def test_prompts_that_wait_for_their_share_push_out_unread_ones() -> None:
         assert isinstance(await waiting, Committed)
 
 
-@pytest.mark.parametrize("transport", ["shm", "tcp"])
+@pytest.mark.parametrize("transport", ["inproc", "shm", "tcp"])
 async def test_a_transport_that_fails_ends_the_handoff(transport: str) -> None:
     rig = Rig(transport)
     rig.prepare = lambda importer: setattr(importer, "fail", True)

@@ -11,7 +11,7 @@ from pdserve.core.lifecycle import Lifecycle
 from pdserve.core.types import BLOCK_TOKENS, OwnerId, blocks_for, hit_limit
 from pdserve.kvtransfer.handoff.consumer import Committed
 
-TRANSPORTS = ("shm", "tcp")
+TRANSPORTS = ("inproc", "shm", "tcp")
 
 
 def prompt(length: int, first: int = 100) -> range:

@@ -1,28 +1,25 @@
-"""Which rung a pair gets, and how long its importer lives."""
+"""Which rung a pair gets."""
 
-import logging
 from collections.abc import AsyncIterator
 
 import pytest
 
 from pdserve.core.errors import ConfigError, Unavailable
-from pdserve.core.types import BlockId, HandoffId, Incarnation, OwnerId, WorkerId
+from pdserve.core.types import OwnerId
 from pdserve.kvtransfer.pool.layout import KvLayout
 from pdserve.kvtransfer.pool.pool import KvPool
 from pdserve.kvtransfer.pool.storage import KvStorage
-from pdserve.kvtransfer.transports.base import Failed, Grant, Landed, Offer, Segment
+from pdserve.kvtransfer.transports.base import TRANSPORT_LADDER, Offer, accepted
 from pdserve.kvtransfer.transports.ladder import (
-    ImporterCache,
     choose,
     make_exporters,
     make_importer,
     ordered,
+    survey,
 )
 
 LAYOUT = KvLayout(num_layers=1, num_kv_heads=1, head_dim=4, dtype="bfloat16")
 BOTH = ("shm", "tcp")
-P = WorkerId("prefill-0")
-FIRST, SECOND = Incarnation("a"), Incarnation("b")
 
 
 @pytest.fixture
@@ -30,7 +27,7 @@ async def offers() -> AsyncIterator[dict[str, Offer]]:
     storage = KvStorage(LAYOUT, 4)
     pool = KvPool(LAYOUT, 4, storage.generations)
     assert pool.allocate(OwnerId("p"), 4) is not None
-    exporters = make_exporters(storage, BOTH)
+    exporters = make_exporters(storage, TRANSPORT_LADDER)
     for exporter in exporters:
         await exporter.start()
     yield {exporter.transport: exporter.offer() for exporter in exporters}
@@ -49,12 +46,15 @@ def changed(offer: Offer, **parameters: str) -> Offer:
 
 
 def test_rungs_come_best_first_whatever_the_order_of_the_flags() -> None:
-    assert ordered(["tcp", "shm"]) == BOTH
+    assert ordered(["tcp", "inproc", "shm"]) == TRANSPORT_LADDER
+    assert accepted("auto") == TRANSPORT_LADDER
+    assert accepted("tcp") == ("tcp",)
     with pytest.raises(ConfigError, match="pigeon"):
         ordered(["tcp", "pigeon"])
 
 
 async def test_the_best_reachable_offer_is_chosen(offers: dict[str, Offer], storage: KvStorage) -> None:
+    assert choose(list(offers.values()), TRANSPORT_LADDER, storage) == offers["inproc"]
     assert choose([offers["tcp"], offers["shm"]], BOTH, storage) == offers["shm"]
     assert choose([offers["tcp"], offers["shm"]], ["tcp"], storage) == offers["tcp"]
     assert choose([offers["shm"]], ["tcp"], storage) is None
@@ -96,52 +96,16 @@ async def test_a_transport_that_is_unknown_here_is_said_so(storage: KvStorage) -
         make_importer(Offer("nccl", {}), storage)
 
 
-async def test_falling_below_the_best_rung_is_logged_once_per_pair(
-    offers: dict[str, Offer], storage: KvStorage, caplog: pytest.LogCaptureFixture
-) -> None:
-    cache = ImporterCache(storage, BOTH)
-    with caplog.at_level(logging.WARNING):
-        for _ in range(3):
-            importer = await cache.get(P, FIRST, [offers["tcp"]])
-            assert importer is not None
-            assert importer.transport == "tcp"
-    assert len(caplog.records) == 1
-    await cache.close()
-
-
-async def test_one_importer_serves_a_pair_until_its_incarnation_changes(
-    offers: dict[str, Offer], storage: KvStorage
-) -> None:
-    cache = ImporterCache(storage, BOTH)
-    first = await cache.get(P, FIRST, list(offers.values()))
-    assert first is not None
-    assert await cache.get(P, FIRST, list(offers.values())) is first
-    grant = Grant(HandoffId("h"), 1, 0, (Segment(BlockId(0), 1, BlockId(0), 16),))
-    assert isinstance(await first.fetch(grant), Landed)
-    second = await cache.get(P, SECOND, list(offers.values()))
-    assert second is not None
-    assert second is not first
-    assert isinstance(await first.fetch(grant), Failed)
-    await cache.drop(P, FIRST)  # old news: the second one stays
-    assert isinstance(await second.fetch(grant), Landed)
-    await cache.drop(P, SECOND)
-    assert isinstance(await second.fetch(grant), Failed)
-
-
-async def test_beyond_the_capacity_the_least_recently_used_is_closed(
-    offers: dict[str, Offer], storage: KvStorage
-) -> None:
-    cache = ImporterCache(storage, BOTH, capacity=2)
-    one, two, three = (WorkerId(f"prefill-{n}") for n in range(3))
-    kept = await cache.get(one, FIRST, list(offers.values()))
-    evicted = await cache.get(two, FIRST, list(offers.values()))
-    assert await cache.get(one, FIRST, list(offers.values())) is kept
-    await cache.get(three, FIRST, list(offers.values()))
-    assert await cache.get(one, FIRST, list(offers.values())) is kept
-    assert await cache.get(two, FIRST, list(offers.values())) is not evicted
-    await cache.close()
-
-
-async def test_nothing_reachable_is_no_importer(offers: dict[str, Offer], storage: KvStorage) -> None:
-    cache = ImporterCache(storage, ["shm"])
-    assert await cache.get(P, FIRST, [changed(offers["shm"], uid="no"), offers["tcp"]]) is None
+async def test_what_was_never_meant_to_work_is_no_fall(offers: dict[str, Offer], storage: KvStorage) -> None:
+    elsewhere = [
+        changed(offers["inproc"], token="00" * 16),
+        changed(offers["shm"], boot_id="another host"),
+        offers["tcp"],
+    ]
+    inproc, shm, tcp = survey(elsewhere, TRANSPORT_LADDER, storage)
+    assert inproc.obstacle == ("the offered pool is in another process", True)
+    assert shm.obstacle == ("the offered pool is on another host", True)
+    assert tcp.obstacle is None
+    _, near, _ = survey([changed(offers["shm"], uid="another user")], TRANSPORT_LADDER, storage)
+    assert near.obstacle is not None
+    assert not near.obstacle.expected
