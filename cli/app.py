@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from pdserve import __version__
+from pdserve.cli.bench_command import bench
 from pdserve.cli.certs_command import certs
 from pdserve.cli.chat_command import chat
 from pdserve.cli.config_command import config
@@ -50,6 +51,7 @@ app.command()(models)
 app.command()(config)
 app.command()(certs)
 app.command()(demo)
+app.add_typer(bench, name="bench")
 
 
 def run(arguments: list[str]) -> int:
