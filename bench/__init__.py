@@ -1,0 +1,1 @@
+"""What `pdserve bench` measures."""
