@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import numpy as np
@@ -284,7 +284,7 @@ async def test_preempted_sequences_give_the_same_tokens(tiny_model: Path, redis:
 
 
 class Flipped:
-    """An importer whose first copy is damaged after it has landed."""
+    """An importer, the first of whose copies is not what P digested: a bit is flipped under it."""
 
     def __init__(self, inner: Any, peer: str, importers: "FlipOnce") -> None:
         self.transport = inner.transport
@@ -293,15 +293,19 @@ class Flipped:
         self._importers = importers
 
     async def fetch(self, grant: Grant) -> Landed | Failed:
-        report: Landed | Failed = await self._inner.fetch(grant)
-        storage = self._importers.storage()
-        if isinstance(report, Landed) and grant.segments and self._importers.damaged is None:
-            self._importers.damaged = self._peer
-            block: BlockId = grant.segments[0].destination
-            flipped = storage.read_blocks([block]).copy()
-            flipped.reshape(-1)[0] ^= np.uint8(1)
-            storage.write_blocks([block], flipped)
-        return report
+        if not grant.segments or self._importers.damaged is not None:
+            return cast(Landed | Failed, await self._inner.fetch(grant))
+        self._importers.damaged = self._peer
+        storage = self._importers.storage(self._peer)
+        source: BlockId = grant.segments[0].source
+        whole = storage.read_blocks([source])
+        flipped = whole.copy()
+        flipped.reshape(-1)[0] ^= np.uint8(1)
+        storage.write_blocks([source], flipped)
+        try:
+            return cast(Landed | Failed, await self._inner.fetch(grant))
+        finally:
+            storage.write_blocks([source], whole)
 
     async def close(self) -> None:
         await self._inner.close()
@@ -310,7 +314,8 @@ class Flipped:
 class FlipOnce:
     """Importers, the first of whose copies is damaged."""
 
-    def __init__(self, inner: Any, storage: Callable[[], Any]) -> None:
+    def __init__(self, inner: Any, storage: Callable[[str], Any]) -> None:
+        """`storage` gives a worker's."""
         self._inner = inner
         self.storage = storage
         self.damaged: str | None = None
@@ -335,7 +340,7 @@ async def test_a_damaged_byte_is_counted_and_the_next_candidate_serves(
     made: list[FlipOnce] = []
 
     def flip(inner: Any) -> FlipOnce:
-        made.append(FlipOnce(inner, lambda: running.workers["decode-0"].storage))
+        made.append(FlipOnce(inner, lambda worker: running.workers[worker].storage))
         return made[0]
 
     workers = {**PD, "prefill-1": Role.PREFILL}
