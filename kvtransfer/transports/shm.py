@@ -29,6 +29,8 @@ from pdserve.kvtransfer.transports.copying import CopyThread, refusal, stale
 
 _BATCH = 64
 """Blocks copied between two looks at whether the fetch is still wanted."""
+_AT_ONCE_BYTES = 128 << 10
+"""Up to this size the copy takes less of the event loop's time than handing it to a thread and back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,7 @@ def reachable(offer: Offer) -> bool:
 
 
 class ShmImporter:
-    """Copies granted blocks out of one mapped pool, in a thread of its own."""
+    """Copies granted blocks out of one mapped pool; more than a few in a thread of its own."""
 
     transport = "shm"
 
@@ -141,7 +143,10 @@ class ShmImporter:
         self._idle.clear()
         try:
             async with asyncio.timeout(self._timeout_s):
-                copied = await self._copier.run(lambda: self._copy(grant, stop), stop)
+                if len(grant.segments) * self._storage.layout.block_bytes <= _AT_ONCE_BYTES:
+                    copied = self._copy(grant, stop)
+                else:
+                    copied = await self._copier.run(lambda: self._copy(grant, stop), stop)
         except TimeoutError:
             copied = _Copied(f"the copy took longer than {self._timeout_s} s")
         finally:
@@ -165,7 +170,7 @@ class ShmImporter:
         self._mapped.close()
 
     def _copy(self, grant: Grant, stop: threading.Event) -> "_Copied":
-        """In the copy thread."""
+        """In the copy thread, or in the event loop where it is little."""
         mapped, storage = self._mapped, self._storage
         reason = refusal(
             grant,
