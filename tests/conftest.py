@@ -1,9 +1,13 @@
 """Fixtures that more than one folder uses."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# A runner in the background is started with SIGINT ignored, which children would inherit: tests press Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
