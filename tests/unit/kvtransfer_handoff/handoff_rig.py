@@ -359,13 +359,14 @@ class Rig:
 
     async def __aenter__(self) -> "Rig":
         allowed = TRANSPORT_LADDER if self._transport == "auto" else (self._transport,)
-        exporters = make_exporters(self.p.storage, TRANSPORT_LADDER, timeout_s=5.0)
+        made = make_exporters(self.p.storage, TRANSPORT_LADDER, timeout_s=5.0)
+        self.exporters = [self.wrap_exporter(exporter) for exporter in made]
         self.servicer = HandoffServicer(
             record=lambda: self.record(Role.PREFILL),
             pool=self.p.pool,
             storage=self.p.storage,
             filler=self.filler,
-            exporters=[self.wrap_exporter(exporter) for exporter in exporters],
+            exporters=self.exporters,
             config=self._prefill_config,
             progress=self._moving,
             clock=MonotonicClock(),

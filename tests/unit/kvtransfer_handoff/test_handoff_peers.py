@@ -154,12 +154,12 @@ async def test_one_handoff_id_is_one_handoff() -> None:
 
 ADDRESS = {
     "host": "127.0.0.1",
-    "port": "9",
+    "port": "",
     "token": "00" * 16,
     "num_blocks": "8",
     "layout": LAYOUT.fingerprint().hex(),
 }
-"""Of an exporter where nobody listens."""
+"""Of no exporter; `lied_to` puts a real one's here."""
 
 
 class LyingP(handoff_pb2_grpc.HandoffServicer):
@@ -179,6 +179,10 @@ class LyingP(handoff_pb2_grpc.HandoffServicer):
 
 async def lied_to(*script: pb.PrefillMessage) -> NotServed:
     async with Rig("tcp") as rig:
+        real = next(exporter.offer() for exporter in rig.exporters if exporter.transport == "tcp")
+        for message in script:
+            for offer in message.opened.offers:
+                offer.parameters.update(real.parameters)
         server = grpc.aio.server()
         handoff_pb2_grpc.add_HandoffServicer_to_server(LyingP(*script), server)
         port = server.add_insecure_port("127.0.0.1:0")
