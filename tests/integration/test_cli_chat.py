@@ -75,7 +75,7 @@ async def test_two_turns_a_cancelled_answer_and_a_last_turn(
         def talk(chat: Terminal) -> None:
             chat.expect("/help", "> ")
             chat.line("tell me a story")
-            chat.expect("prefill prefill-0, decode decode-0, 2 blocks over shm]", "> ")
+            chat.expect("prefill prefill-0, decode decode-0, 2 blocks over inproc]", "> ")
             chat.line("and another one")
             chat.expect("decode decode-0", "> ")
             chat.line(f"/params max_tokens={LONG}")
