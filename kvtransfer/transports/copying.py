@@ -4,16 +4,21 @@ import asyncio
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pdserve.core.errors import PdserveError
+from pdserve.kvtransfer.digest import as_bytes
+from pdserve.kvtransfer.pool.storage import KvStorage
 from pdserve.kvtransfer.transports.base import Grant, Segment
 
 T = TypeVar("T")
 
 _WORD = 1 << 63
+_BATCH = 64
+"""Blocks copied between two looks at whether the fetch is still wanted."""
 
 
 class CopyThread:
@@ -49,6 +54,51 @@ async def settle(future: asyncio.Future[Any], stop: threading.Event | None = Non
                 stop.set()
     if interrupted is not None:
         raise interrupted
+
+
+class Copied(NamedTuple):
+    """`reason`: why the blocks must not be used, None if they are right. `digests` of what was written."""
+
+    reason: str | None
+    digests: bytes | None = None
+
+
+def copy_segments(
+    grant: Grant,
+    source: NDArray[np.uint8],
+    storage: KvStorage,
+    distrust: Callable[[], str | None],
+    is_unwanted: Callable[[], bool],
+) -> Copied:
+    """Copy the grant's blocks out of `source`, uint8 [num_blocks, block_bytes], into D's `storage`.
+
+    `distrust` says why bytes read now would not be the granted ones, None if they are; it is asked before and
+    after. `is_unwanted` is asked between batches. Digests in the same pass where the grant wants them and D's
+    pool is in host memory.
+    """
+    reason = refusal(
+        grant, sources=len(source), destinations=storage.num_blocks, block_tokens=storage.layout.block_tokens
+    )
+    if (reason := reason or distrust()) is not None:
+        return Copied(reason)
+    digests: list[bytes] | None = [] if grant.digest and storage.fd is not None else None
+    for start in range(0, len(grant.segments), _BATCH):
+        if is_unwanted():
+            return Copied("the fetch was given up while it copied")
+        batch = grant.segments[start : start + _BATCH]
+        sources = [segment.source for segment in batch]
+        destinations = [segment.destination for segment in batch]
+        try:
+            if digests is None:
+                storage.write_blocks(destinations, source, sources)
+            else:
+                valid = [segment.valid_tokens for segment in batch]
+                digests.append(
+                    as_bytes(storage.write_and_digest_blocks(destinations, source, sources, valid))
+                )
+        except (PdserveError, RuntimeError) as error:
+            return Copied(f"the blocks could not be copied: {error}")
+    return Copied(distrust(), None if digests is None else b"".join(digests))
 
 
 def refusal(grant: Grant, *, sources: int | None, destinations: int | None, block_tokens: int) -> str | None:

@@ -10,20 +10,16 @@ import os
 import secrets
 import threading
 from collections.abc import Sequence
-from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 from pdserve.core.clock import Clock, MonotonicClock
-from pdserve.core.errors import PdserveError, Unavailable
+from pdserve.core.errors import Unavailable
 from pdserve.core.types import HandoffId
-from pdserve.kvtransfer.digest import as_bytes
 from pdserve.kvtransfer.native import load_kernel
 from pdserve.kvtransfer.pool.storage import KvStorage
 from pdserve.kvtransfer.transports.base import Failed, Grant, Landed, Offer, Segment, SourceDone
-from pdserve.kvtransfer.transports.copying import CopyThread, refusal, stale
+from pdserve.kvtransfer.transports.copying import Copied, CopyThread, copy_segments, stale
 
-_BATCH = 64
-"""Blocks copied between two looks at whether the fetch is still wanted."""
 _TOKEN_BYTES = 16
 
 
@@ -122,7 +118,7 @@ class InprocImporter:
             async with asyncio.timeout(self._timeout_s):
                 copied = await self._copier.run(lambda: self._copy(grant, stop), stop)
         except TimeoutError:
-            copied = _Copied(f"the copy took longer than {self._timeout_s} s")
+            copied = Copied(f"the copy took longer than {self._timeout_s} s")
         if copied.reason is not None:
             return Failed(grant.handoff, grant.epoch, grant.seq, copied.reason)
         num_bytes = len(grant.segments) * self._storage.layout.block_bytes
@@ -137,44 +133,22 @@ class InprocImporter:
         await self._copier.run(lambda: None)  # behind all that was submitted
         self._copier.close()
 
-    def _copy(self, grant: Grant, stop: threading.Event) -> "_Copied":
+    def _copy(self, grant: Grant, stop: threading.Event) -> Copied:
         """In the copy thread."""
-        source, storage = self._source.storage, self._storage
-        reason = refusal(
+        try:
+            source = self._source.storage.bytes_view
+        except Unavailable as error:  # closed since
+            return Copied(error.message)
+        return copy_segments(
             grant,
-            sources=source.num_blocks,
-            destinations=storage.num_blocks,
-            block_tokens=storage.layout.block_tokens,
-        ) or self._distrust(grant.segments)
-        if reason is not None:
-            return _Copied(reason)
-        digests: list[bytes] | None = [] if grant.digest and storage.fd is not None else None
-        for start in range(0, len(grant.segments), _BATCH):
-            if stop.is_set() or self._closing.is_set():
-                return _Copied("the fetch was given up while it copied")
-            batch = grant.segments[start : start + _BATCH]
-            sources = [segment.source for segment in batch]
-            destinations = [segment.destination for segment in batch]
-            try:
-                if digests is None:
-                    storage.write_blocks(destinations, source.bytes_view, sources)
-                else:
-                    valid = [segment.valid_tokens for segment in batch]
-                    found = storage.write_and_digest_blocks(destinations, source.bytes_view, sources, valid)
-                    digests.append(as_bytes(found))
-            except (PdserveError, RuntimeError) as error:
-                return _Copied(f"the blocks could not be copied: {error}")
-        return _Copied(self._distrust(grant.segments), None if digests is None else b"".join(digests))
+            source,
+            self._storage,
+            lambda: self._distrust(grant.segments),
+            lambda: stop.is_set() or self._closing.is_set(),
+        )
 
     def _distrust(self, segments: Sequence[Segment]) -> str | None:
         """Why bytes read from `segments` now would not be the granted ones; None if they are."""
         if not self._source.exported:
             return "the pool is no longer exported"
         return stale(segments, self._source.storage.generations)
-
-
-class _Copied(NamedTuple):
-    """`reason`: why the blocks must not be used, None if they are right. `digests` of what was written."""
-
-    reason: str | None
-    digests: bytes | None = None

@@ -13,22 +13,18 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from pdserve.core.clock import Clock, MonotonicClock
-from pdserve.core.errors import PdserveError, Unavailable
+from pdserve.core.errors import Unavailable
 from pdserve.core.types import HandoffId
-from pdserve.kvtransfer.digest import as_bytes
 from pdserve.kvtransfer.native import load_kernel
 from pdserve.kvtransfer.pool.header import EXPORTED_OFFSET, PAGE_BYTES, PoolHeader
 from pdserve.kvtransfer.pool.storage import KvStorage
 from pdserve.kvtransfer.transports.base import Failed, Grant, Landed, Offer, Segment, SourceDone
-from pdserve.kvtransfer.transports.copying import CopyThread, refusal, stale
+from pdserve.kvtransfer.transports.copying import Copied, CopyThread, copy_segments, stale
 
-_BATCH = 64
-"""Blocks copied between two looks at whether the fetch is still wanted."""
 _AT_ONCE_BYTES = 128 << 10
 """Up to this size the copy takes less of the event loop's time than handing it to a thread and back."""
 
@@ -148,7 +144,7 @@ class ShmImporter:
                 else:
                     copied = await self._copier.run(lambda: self._copy(grant, stop), stop)
         except TimeoutError:
-            copied = _Copied(f"the copy took longer than {self._timeout_s} s")
+            copied = Copied(f"the copy took longer than {self._timeout_s} s")
         finally:
             self._stops.discard(stop)
             if not self._stops:
@@ -169,41 +165,15 @@ class ShmImporter:
         self._copier.close()
         self._mapped.close()
 
-    def _copy(self, grant: Grant, stop: threading.Event) -> "_Copied":
+    def _copy(self, grant: Grant, stop: threading.Event) -> Copied:
         """In the copy thread, or in the event loop where it is little."""
-        mapped, storage = self._mapped, self._storage
-        reason = refusal(
+        return copy_segments(
             grant,
-            sources=mapped.header.num_blocks,
-            destinations=storage.num_blocks,
-            block_tokens=storage.layout.block_tokens,
-        ) or mapped.distrust(grant.segments)
-        if reason is not None:
-            return _Copied(reason)
-        digests: list[bytes] | None = [] if grant.digest and storage.fd is not None else None
-        for start in range(0, len(grant.segments), _BATCH):
-            if stop.is_set():
-                return _Copied("the fetch was given up while it copied")
-            batch = grant.segments[start : start + _BATCH]
-            sources = [segment.source for segment in batch]
-            destinations = [segment.destination for segment in batch]
-            try:
-                if digests is None:
-                    storage.write_blocks(destinations, mapped.blocks, sources)
-                else:
-                    valid = [segment.valid_tokens for segment in batch]
-                    found = storage.write_and_digest_blocks(destinations, mapped.blocks, sources, valid)
-                    digests.append(as_bytes(found))
-            except (PdserveError, RuntimeError) as error:
-                return _Copied(f"the blocks could not be written: {error}")
-        return _Copied(mapped.distrust(grant.segments), None if digests is None else b"".join(digests))
-
-
-class _Copied(NamedTuple):
-    """`reason`: why the blocks must not be used, None if they are right. `digests` of what was written."""
-
-    reason: str | None
-    digests: bytes | None = None
+            self._mapped.blocks,
+            self._storage,
+            lambda: self._mapped.distrust(grant.segments),
+            stop.is_set,
+        )
 
 
 class _MappedPool:
