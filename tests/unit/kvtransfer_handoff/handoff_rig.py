@@ -329,6 +329,8 @@ class Rig:
         self.filler = KnownFiller(self.p)
         self.trail, self.prefill_trail = Trail(), Trail()
         self.importers: list[HeldImporter] = []
+        self.met = asyncio.Event()
+        """D has an importer: it connects beside the first chunks, which may be known before."""
         self.prepare: Callable[[HeldImporter], None] = lambda importer: None
         self.wrap_exporter: Callable[[Exporter], Exporter] = lambda exporter: exporter
         self.draining = False
@@ -452,5 +454,6 @@ class Rig:
     def _wrap_importer(self, inner: Importer) -> Importer:
         held = HeldImporter(inner)
         self.importers.append(held)
+        self.met.set()
         self.prepare(held)
         return held

@@ -90,6 +90,7 @@ async def _reached(rig: Rig, state: str) -> None:
         elif state == "fetching":
             await rig.trail.wait(Lifecycle.RESERVED)
             await rig.trail.wait(Lifecycle.FILLED_SEEN)
+            await rig.met.wait()
             await rig.importers[0].entered.wait()
         else:
             await rig.trail.wait(Lifecycle.VERIFIED)
