@@ -21,7 +21,7 @@ class DecodeMessage(_message.Message):
     def __init__(self, open: _Optional[_Union[HandoffOpen, _Mapping]] = ..., grant: _Optional[_Union[HandoffGrant, _Mapping]] = ..., release: _Optional[_Union[HandoffRelease, _Mapping]] = ..., abort: _Optional[_Union[HandoffAbort, _Mapping]] = ..., heartbeat: _Optional[_Union[HandoffHeartbeat, _Mapping]] = ...) -> None: ...
 
 class HandoffOpen(_message.Message):
-    __slots__ = ("handoff_id", "request_id", "schema", "representation", "token_ids", "chain", "remaining_s", "transports", "digest", "decode_worker", "decode_incarnation", "prefill_incarnation")
+    __slots__ = ("handoff_id", "request_id", "schema", "representation", "token_ids", "chain", "remaining_s", "transports", "digest", "decode_worker", "decode_incarnation", "prefill_incarnation", "prefix", "held_only")
     HANDOFF_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     SCHEMA_FIELD_NUMBER: _ClassVar[int]
@@ -34,6 +34,8 @@ class HandoffOpen(_message.Message):
     DECODE_WORKER_FIELD_NUMBER: _ClassVar[int]
     DECODE_INCARNATION_FIELD_NUMBER: _ClassVar[int]
     PREFILL_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
+    HELD_ONLY_FIELD_NUMBER: _ClassVar[int]
     handoff_id: str
     request_id: str
     schema: bytes
@@ -46,7 +48,21 @@ class HandoffOpen(_message.Message):
     decode_worker: str
     decode_incarnation: str
     prefill_incarnation: str
-    def __init__(self, handoff_id: _Optional[str] = ..., request_id: _Optional[str] = ..., schema: _Optional[bytes] = ..., representation: _Optional[_Union[Representation, _Mapping]] = ..., token_ids: _Optional[bytes] = ..., chain: _Optional[bytes] = ..., remaining_s: _Optional[float] = ..., transports: _Optional[_Iterable[str]] = ..., digest: _Optional[bool] = ..., decode_worker: _Optional[str] = ..., decode_incarnation: _Optional[str] = ..., prefill_incarnation: _Optional[str] = ...) -> None: ...
+    prefix: PrefixHolder
+    held_only: bool
+    def __init__(self, handoff_id: _Optional[str] = ..., request_id: _Optional[str] = ..., schema: _Optional[bytes] = ..., representation: _Optional[_Union[Representation, _Mapping]] = ..., token_ids: _Optional[bytes] = ..., chain: _Optional[bytes] = ..., remaining_s: _Optional[float] = ..., transports: _Optional[_Iterable[str]] = ..., digest: _Optional[bool] = ..., decode_worker: _Optional[str] = ..., decode_incarnation: _Optional[str] = ..., prefill_incarnation: _Optional[str] = ..., prefix: _Optional[_Union[PrefixHolder, _Mapping]] = ..., held_only: _Optional[bool] = ...) -> None: ...
+
+class PrefixHolder(_message.Message):
+    __slots__ = ("worker", "incarnation", "endpoint", "blocks")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    ENDPOINT_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    incarnation: str
+    endpoint: str
+    blocks: int
+    def __init__(self, worker: _Optional[str] = ..., incarnation: _Optional[str] = ..., endpoint: _Optional[str] = ..., blocks: _Optional[int] = ...) -> None: ...
 
 class Representation(_message.Message):
     __slots__ = ("dtype", "tp", "num_layers", "num_kv_heads", "head_dim", "block_tokens")
@@ -158,14 +174,16 @@ class TransportOffer(_message.Message):
     def __init__(self, transport: _Optional[str] = ..., parameters: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class HandoffRejected(_message.Message):
-    __slots__ = ("reason", "retry_after_s", "outcome")
+    __slots__ = ("reason", "retry_after_s", "outcome", "held_blocks")
     REASON_FIELD_NUMBER: _ClassVar[int]
     RETRY_AFTER_S_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    HELD_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     reason: str
     retry_after_s: float
     outcome: str
-    def __init__(self, reason: _Optional[str] = ..., retry_after_s: _Optional[float] = ..., outcome: _Optional[str] = ...) -> None: ...
+    held_blocks: int
+    def __init__(self, reason: _Optional[str] = ..., retry_after_s: _Optional[float] = ..., outcome: _Optional[str] = ..., held_blocks: _Optional[int] = ...) -> None: ...
 
 class HandoffChunk(_message.Message):
     __slots__ = ("seq", "first_block", "blocks", "generations", "last_valid_tokens", "digests")
@@ -184,18 +202,22 @@ class HandoffChunk(_message.Message):
     def __init__(self, seq: _Optional[int] = ..., first_block: _Optional[int] = ..., blocks: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ..., last_valid_tokens: _Optional[int] = ..., digests: _Optional[bytes] = ...) -> None: ...
 
 class HandoffFilled(_message.Message):
-    __slots__ = ("chunks", "tokens", "prefill_queue_s", "prefill_s", "cached_tokens")
+    __slots__ = ("chunks", "tokens", "prefill_queue_s", "prefill_s", "cached_tokens", "prefix_blocks_fetched", "prefix_worker")
     CHUNKS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_BLOCKS_FETCHED_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_WORKER_FIELD_NUMBER: _ClassVar[int]
     chunks: int
     tokens: int
     prefill_queue_s: float
     prefill_s: float
     cached_tokens: int
-    def __init__(self, chunks: _Optional[int] = ..., tokens: _Optional[int] = ..., prefill_queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
+    prefix_blocks_fetched: int
+    prefix_worker: str
+    def __init__(self, chunks: _Optional[int] = ..., tokens: _Optional[int] = ..., prefill_queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., cached_tokens: _Optional[int] = ..., prefix_blocks_fetched: _Optional[int] = ..., prefix_worker: _Optional[str] = ...) -> None: ...
 
 class HandoffReleased(_message.Message):
     __slots__ = ("status",)

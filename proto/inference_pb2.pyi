@@ -152,7 +152,7 @@ class Ledger(_message.Message):
     def __init__(self, queue: _Optional[float] = ..., locate: _Optional[float] = ..., place: _Optional[float] = ..., retry: _Optional[float] = ..., prefill_queue: _Optional[float] = ..., prefill: _Optional[float] = ..., exposed_transfer: _Optional[float] = ..., first_step: _Optional[float] = ...) -> None: ...
 
 class Route(_message.Message):
-    __slots__ = ("prefill_worker", "decode_worker", "prefill_incarnation", "decode_incarnation", "prefill_pid", "decode_pid", "transport", "blocks_moved", "bytes_moved", "blocks_reused", "candidates_tried")
+    __slots__ = ("prefill_worker", "decode_worker", "prefill_incarnation", "decode_incarnation", "prefill_pid", "decode_pid", "transport", "blocks_moved", "bytes_moved", "blocks_reused", "candidates_tried", "prefix_blocks_fetched", "prefix_worker")
     PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
     DECODE_WORKER_FIELD_NUMBER: _ClassVar[int]
     PREFILL_INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -164,6 +164,8 @@ class Route(_message.Message):
     BYTES_MOVED_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_REUSED_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_TRIED_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_BLOCKS_FETCHED_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_WORKER_FIELD_NUMBER: _ClassVar[int]
     prefill_worker: str
     decode_worker: str
     prefill_incarnation: str
@@ -175,7 +177,9 @@ class Route(_message.Message):
     bytes_moved: int
     blocks_reused: int
     candidates_tried: int
-    def __init__(self, prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., prefill_incarnation: _Optional[str] = ..., decode_incarnation: _Optional[str] = ..., prefill_pid: _Optional[int] = ..., decode_pid: _Optional[int] = ..., transport: _Optional[str] = ..., blocks_moved: _Optional[int] = ..., bytes_moved: _Optional[int] = ..., blocks_reused: _Optional[int] = ..., candidates_tried: _Optional[int] = ...) -> None: ...
+    prefix_blocks_fetched: int
+    prefix_worker: str
+    def __init__(self, prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., prefill_incarnation: _Optional[str] = ..., decode_incarnation: _Optional[str] = ..., prefill_pid: _Optional[int] = ..., decode_pid: _Optional[int] = ..., transport: _Optional[str] = ..., blocks_moved: _Optional[int] = ..., bytes_moved: _Optional[int] = ..., blocks_reused: _Optional[int] = ..., candidates_tried: _Optional[int] = ..., prefix_blocks_fetched: _Optional[int] = ..., prefix_worker: _Optional[str] = ...) -> None: ...
 
 class GenerateChunk(_message.Message):
     __slots__ = ("request_id", "choice", "first_index", "token_ids", "text", "finish_reason", "ledger", "route", "usage", "logprobs")

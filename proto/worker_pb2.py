@@ -22,10 +22,11 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from pdserve.proto import handoff_pb2 as pdserve_dot_proto_dot_handoff__pb2
 from pdserve.proto import inference_pb2 as pdserve_dot_proto_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1apdserve/proto/worker.proto\x12\npdserve.v1\x1a\x1dpdserve/proto/inference.proto\"\xf0\x01\n\x0eSessionRequest\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.pdserve.v1.SessionHelloH\x00\x12\'\n\x04open\x18\x02 \x01(\x0b\x32\x17.pdserve.v1.OpenRequestH\x00\x12+\n\x06\x61ttach\x18\x03 \x01(\x0b\x32\x19.pdserve.v1.AttachRequestH\x00\x12+\n\x06\x63\x61ncel\x18\x04 \x01(\x0b\x32\x19.pdserve.v1.CancelRequestH\x00\x12%\n\x03\x61\x63k\x18\x05 \x01(\x0b\x32\x16.pdserve.v1.AckRequestH\x00\x42\t\n\x07message\"\x1e\n\x0cSessionHello\x12\x0e\n\x06router\x18\x01 \x01(\t\"B\n\tCandidate\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\"\xda\x01\n\x0bOpenRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x01(\x0c\x12\r\n\x05\x63hain\x18\x03 \x01(\x0c\x12&\n\x08sampling\x18\x04 \x01(\x0b\x32\x14.pdserve.v1.Sampling\x12)\n\ncandidates\x18\x05 \x03(\x0b\x32\x15.pdserve.v1.Candidate\x12\x18\n\x0bremaining_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\tnamespace\x18\x07 \x01(\x0c\x42\x0e\n\x0c_remaining_s\"L\n\rAttachRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x12\n\nnext_index\x18\x03 \x03(\r\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\" \n\nAckRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\xc4\x01\n\x0fSessionResponse\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.pdserve.v1.WorkerHelloH\x00\x12\"\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x11.pdserve.v1.FrameH\x00\x12&\n\x07replace\x18\x03 \x01(\x0b\x32\x13.pdserve.v1.ReplaceH\x00\x12\x30\n\theartbeat\x18\x04 \x01(\x0b\x32\x1b.pdserve.v1.WorkerHeartbeatH\x00\x42\t\n\x07message\"2\n\x0bWorkerHello\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\"-\n\x05\x46rame\x12$\n\x05items\x18\x01 \x03(\x0b\x32\x15.pdserve.v1.FrameItem\"\xba\x02\n\tFrameItem\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x13\n\x0b\x66irst_index\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x0c\n\x04text\x18\x05 \x01(\t\x12\x15\n\rfinish_reason\x18\x06 \x01(\t\x12\"\n\x06ledger\x18\x07 \x01(\x0b\x32\x12.pdserve.v1.Ledger\x12 \n\x05route\x18\x08 \x01(\x0b\x32\x11.pdserve.v1.Route\x12 \n\x05usage\x18\t \x01(\x0b\x32\x11.pdserve.v1.Usage\x12$\n\x07\x66\x61ilure\x18\n \x01(\x0b\x32\x13.pdserve.v1.Failure\x12.\n\x08logprobs\x18\x0b \x03(\x0b\x32\x1c.pdserve.v1.PositionLogprobs\"i\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tretriable\x18\x03 \x01(\x08\x12\x1a\n\rretry_after_s\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_retry_after_s\"[\n\x07Replace\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x1a\n\rretry_after_s\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_retry_after_s\"I\n\x0fWorkerHeartbeat\x12\x10\n\x08progress\x18\x01 \x01(\x04\x12$\n\x04load\x18\x02 \x01(\x0b\x32\x16.pdserve.v1.WorkerLoad\"\x9c\x03\n\nWorkerLoad\x12\x1d\n\x15queued_prefill_tokens\x18\x01 \x01(\x04\x12\x0f\n\x07running\x18\x02 \x01(\r\x12\x0f\n\x07waiting\x18\x03 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x04 \x01(\x04\x12\'\n\x06\x62locks\x18\x05 \x01(\x0b\x32\x17.pdserve.v1.BlockCounts\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\x12\x13\n\x0brole_weight\x18\x07 \x01(\x01\x12\x39\n\nperf_model\x18\x08 \x03(\x0b\x32%.pdserve.v1.WorkerLoad.PerfModelEntry\x12\x10\n\x08handoffs\x18\t \x01(\r\x12\x11\n\tin_flight\x18\n \x01(\r\x12\x10\n\x08uptime_s\x18\x0b \x01(\x01\x12\x13\n\x0bpreemptions\x18\x0c \x01(\x04\x12,\n\ntransports\x18\r \x03(\x0b\x32\x18.pdserve.v1.TransportUse\x1a\x30\n\x0ePerfModelEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x10\n\x0eInspectRequest\"\xe8\x01\n\x0fInspectResponse\x12(\n\x06status\x18\x01 \x01(\x0b\x32\x18.pdserve.v1.WorkerStatus\x12$\n\x04load\x18\x02 \x01(\x0b\x32\x16.pdserve.v1.WorkerLoad\x12\x17\n\x0fintegrity_error\x18\x03 \x01(\t\x12;\n\x08\x63ounters\x18\x04 \x03(\x0b\x32).pdserve.v1.InspectResponse.CountersEntry\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x1f\n\x0c\x44rainRequest\x12\x0f\n\x07grace_s\x18\x01 \x01(\x01\"(\n\rDrainResponse\x12\x17\n\x0f\x66\x61iled_requests\x18\x01 \x01(\r\"+\n\x14SetRoleWeightRequest\x12\x13\n\x0brole_weight\x18\x01 \x01(\x01\"\x17\n\x15SetRoleWeightResponse2\xa8\x02\n\x06Worker\x12\x46\n\x07Session\x12\x1a.pdserve.v1.SessionRequest\x1a\x1b.pdserve.v1.SessionResponse(\x01\x30\x01\x12\x42\n\x07Inspect\x12\x1a.pdserve.v1.InspectRequest\x1a\x1b.pdserve.v1.InspectResponse\x12<\n\x05\x44rain\x12\x18.pdserve.v1.DrainRequest\x1a\x19.pdserve.v1.DrainResponse\x12T\n\rSetRoleWeight\x12 .pdserve.v1.SetRoleWeightRequest\x1a!.pdserve.v1.SetRoleWeightResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1apdserve/proto/worker.proto\x12\npdserve.v1\x1a\x1bpdserve/proto/handoff.proto\x1a\x1dpdserve/proto/inference.proto\"\xf0\x01\n\x0eSessionRequest\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.pdserve.v1.SessionHelloH\x00\x12\'\n\x04open\x18\x02 \x01(\x0b\x32\x17.pdserve.v1.OpenRequestH\x00\x12+\n\x06\x61ttach\x18\x03 \x01(\x0b\x32\x19.pdserve.v1.AttachRequestH\x00\x12+\n\x06\x63\x61ncel\x18\x04 \x01(\x0b\x32\x19.pdserve.v1.CancelRequestH\x00\x12%\n\x03\x61\x63k\x18\x05 \x01(\x0b\x32\x16.pdserve.v1.AckRequestH\x00\x42\t\n\x07message\"\x1e\n\x0cSessionHello\x12\x0e\n\x06router\x18\x01 \x01(\t\"B\n\tCandidate\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\"\x84\x02\n\x0bOpenRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x01(\x0c\x12\r\n\x05\x63hain\x18\x03 \x01(\x0c\x12&\n\x08sampling\x18\x04 \x01(\x0b\x32\x14.pdserve.v1.Sampling\x12)\n\ncandidates\x18\x05 \x03(\x0b\x32\x15.pdserve.v1.Candidate\x12\x18\n\x0bremaining_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\tnamespace\x18\x07 \x01(\x0c\x12(\n\x06prefix\x18\x08 \x01(\x0b\x32\x18.pdserve.v1.PrefixHolderB\x0e\n\x0c_remaining_s\"L\n\rAttachRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x12\n\nnext_index\x18\x03 \x03(\r\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\" \n\nAckRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\xc4\x01\n\x0fSessionResponse\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.pdserve.v1.WorkerHelloH\x00\x12\"\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x11.pdserve.v1.FrameH\x00\x12&\n\x07replace\x18\x03 \x01(\x0b\x32\x13.pdserve.v1.ReplaceH\x00\x12\x30\n\theartbeat\x18\x04 \x01(\x0b\x32\x1b.pdserve.v1.WorkerHeartbeatH\x00\x42\t\n\x07message\"2\n\x0bWorkerHello\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\"-\n\x05\x46rame\x12$\n\x05items\x18\x01 \x03(\x0b\x32\x15.pdserve.v1.FrameItem\"\xba\x02\n\tFrameItem\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x13\n\x0b\x66irst_index\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x0c\n\x04text\x18\x05 \x01(\t\x12\x15\n\rfinish_reason\x18\x06 \x01(\t\x12\"\n\x06ledger\x18\x07 \x01(\x0b\x32\x12.pdserve.v1.Ledger\x12 \n\x05route\x18\x08 \x01(\x0b\x32\x11.pdserve.v1.Route\x12 \n\x05usage\x18\t \x01(\x0b\x32\x11.pdserve.v1.Usage\x12$\n\x07\x66\x61ilure\x18\n \x01(\x0b\x32\x13.pdserve.v1.Failure\x12.\n\x08logprobs\x18\x0b \x03(\x0b\x32\x1c.pdserve.v1.PositionLogprobs\"i\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tretriable\x18\x03 \x01(\x08\x12\x1a\n\rretry_after_s\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_retry_after_s\"[\n\x07Replace\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x1a\n\rretry_after_s\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_retry_after_s\"I\n\x0fWorkerHeartbeat\x12\x10\n\x08progress\x18\x01 \x01(\x04\x12$\n\x04load\x18\x02 \x01(\x0b\x32\x16.pdserve.v1.WorkerLoad\"\x9c\x03\n\nWorkerLoad\x12\x1d\n\x15queued_prefill_tokens\x18\x01 \x01(\x04\x12\x0f\n\x07running\x18\x02 \x01(\r\x12\x0f\n\x07waiting\x18\x03 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x04 \x01(\x04\x12\'\n\x06\x62locks\x18\x05 \x01(\x0b\x32\x17.pdserve.v1.BlockCounts\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\x12\x13\n\x0brole_weight\x18\x07 \x01(\x01\x12\x39\n\nperf_model\x18\x08 \x03(\x0b\x32%.pdserve.v1.WorkerLoad.PerfModelEntry\x12\x10\n\x08handoffs\x18\t \x01(\r\x12\x11\n\tin_flight\x18\n \x01(\r\x12\x10\n\x08uptime_s\x18\x0b \x01(\x01\x12\x13\n\x0bpreemptions\x18\x0c \x01(\x04\x12,\n\ntransports\x18\r \x03(\x0b\x32\x18.pdserve.v1.TransportUse\x1a\x30\n\x0ePerfModelEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x10\n\x0eInspectRequest\"\xe8\x01\n\x0fInspectResponse\x12(\n\x06status\x18\x01 \x01(\x0b\x32\x18.pdserve.v1.WorkerStatus\x12$\n\x04load\x18\x02 \x01(\x0b\x32\x16.pdserve.v1.WorkerLoad\x12\x17\n\x0fintegrity_error\x18\x03 \x01(\t\x12;\n\x08\x63ounters\x18\x04 \x03(\x0b\x32).pdserve.v1.InspectResponse.CountersEntry\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x1f\n\x0c\x44rainRequest\x12\x0f\n\x07grace_s\x18\x01 \x01(\x01\"(\n\rDrainResponse\x12\x17\n\x0f\x66\x61iled_requests\x18\x01 \x01(\r\"+\n\x14SetRoleWeightRequest\x12\x13\n\x0brole_weight\x18\x01 \x01(\x01\"\x17\n\x15SetRoleWeightResponse2\xa8\x02\n\x06Worker\x12\x46\n\x07Session\x12\x1a.pdserve.v1.SessionRequest\x1a\x1b.pdserve.v1.SessionResponse(\x01\x30\x01\x12\x42\n\x07Inspect\x12\x1a.pdserve.v1.InspectRequest\x1a\x1b.pdserve.v1.InspectResponse\x12<\n\x05\x44rain\x12\x18.pdserve.v1.DrainRequest\x1a\x19.pdserve.v1.DrainResponse\x12T\n\rSetRoleWeight\x12 .pdserve.v1.SetRoleWeightRequest\x1a!.pdserve.v1.SetRoleWeightResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,52 +37,52 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WORKERLOAD_PERFMODELENTRY']._serialized_options = b'8\001'
   _globals['_INSPECTRESPONSE_COUNTERSENTRY']._loaded_options = None
   _globals['_INSPECTRESPONSE_COUNTERSENTRY']._serialized_options = b'8\001'
-  _globals['_SESSIONREQUEST']._serialized_start=74
-  _globals['_SESSIONREQUEST']._serialized_end=314
-  _globals['_SESSIONHELLO']._serialized_start=316
-  _globals['_SESSIONHELLO']._serialized_end=346
-  _globals['_CANDIDATE']._serialized_start=348
-  _globals['_CANDIDATE']._serialized_end=414
-  _globals['_OPENREQUEST']._serialized_start=417
-  _globals['_OPENREQUEST']._serialized_end=635
-  _globals['_ATTACHREQUEST']._serialized_start=637
-  _globals['_ATTACHREQUEST']._serialized_end=713
-  _globals['_CANCELREQUEST']._serialized_start=715
-  _globals['_CANCELREQUEST']._serialized_end=750
-  _globals['_ACKREQUEST']._serialized_start=752
-  _globals['_ACKREQUEST']._serialized_end=784
-  _globals['_SESSIONRESPONSE']._serialized_start=787
-  _globals['_SESSIONRESPONSE']._serialized_end=983
-  _globals['_WORKERHELLO']._serialized_start=985
-  _globals['_WORKERHELLO']._serialized_end=1035
-  _globals['_FRAME']._serialized_start=1037
-  _globals['_FRAME']._serialized_end=1082
-  _globals['_FRAMEITEM']._serialized_start=1085
-  _globals['_FRAMEITEM']._serialized_end=1399
-  _globals['_FAILURE']._serialized_start=1401
-  _globals['_FAILURE']._serialized_end=1506
-  _globals['_REPLACE']._serialized_start=1508
-  _globals['_REPLACE']._serialized_end=1599
-  _globals['_WORKERHEARTBEAT']._serialized_start=1601
-  _globals['_WORKERHEARTBEAT']._serialized_end=1674
-  _globals['_WORKERLOAD']._serialized_start=1677
-  _globals['_WORKERLOAD']._serialized_end=2089
-  _globals['_WORKERLOAD_PERFMODELENTRY']._serialized_start=2041
-  _globals['_WORKERLOAD_PERFMODELENTRY']._serialized_end=2089
-  _globals['_INSPECTREQUEST']._serialized_start=2091
-  _globals['_INSPECTREQUEST']._serialized_end=2107
-  _globals['_INSPECTRESPONSE']._serialized_start=2110
-  _globals['_INSPECTRESPONSE']._serialized_end=2342
-  _globals['_INSPECTRESPONSE_COUNTERSENTRY']._serialized_start=2295
-  _globals['_INSPECTRESPONSE_COUNTERSENTRY']._serialized_end=2342
-  _globals['_DRAINREQUEST']._serialized_start=2344
-  _globals['_DRAINREQUEST']._serialized_end=2375
-  _globals['_DRAINRESPONSE']._serialized_start=2377
-  _globals['_DRAINRESPONSE']._serialized_end=2417
-  _globals['_SETROLEWEIGHTREQUEST']._serialized_start=2419
-  _globals['_SETROLEWEIGHTREQUEST']._serialized_end=2462
-  _globals['_SETROLEWEIGHTRESPONSE']._serialized_start=2464
-  _globals['_SETROLEWEIGHTRESPONSE']._serialized_end=2487
-  _globals['_WORKER']._serialized_start=2490
-  _globals['_WORKER']._serialized_end=2786
+  _globals['_SESSIONREQUEST']._serialized_start=103
+  _globals['_SESSIONREQUEST']._serialized_end=343
+  _globals['_SESSIONHELLO']._serialized_start=345
+  _globals['_SESSIONHELLO']._serialized_end=375
+  _globals['_CANDIDATE']._serialized_start=377
+  _globals['_CANDIDATE']._serialized_end=443
+  _globals['_OPENREQUEST']._serialized_start=446
+  _globals['_OPENREQUEST']._serialized_end=706
+  _globals['_ATTACHREQUEST']._serialized_start=708
+  _globals['_ATTACHREQUEST']._serialized_end=784
+  _globals['_CANCELREQUEST']._serialized_start=786
+  _globals['_CANCELREQUEST']._serialized_end=821
+  _globals['_ACKREQUEST']._serialized_start=823
+  _globals['_ACKREQUEST']._serialized_end=855
+  _globals['_SESSIONRESPONSE']._serialized_start=858
+  _globals['_SESSIONRESPONSE']._serialized_end=1054
+  _globals['_WORKERHELLO']._serialized_start=1056
+  _globals['_WORKERHELLO']._serialized_end=1106
+  _globals['_FRAME']._serialized_start=1108
+  _globals['_FRAME']._serialized_end=1153
+  _globals['_FRAMEITEM']._serialized_start=1156
+  _globals['_FRAMEITEM']._serialized_end=1470
+  _globals['_FAILURE']._serialized_start=1472
+  _globals['_FAILURE']._serialized_end=1577
+  _globals['_REPLACE']._serialized_start=1579
+  _globals['_REPLACE']._serialized_end=1670
+  _globals['_WORKERHEARTBEAT']._serialized_start=1672
+  _globals['_WORKERHEARTBEAT']._serialized_end=1745
+  _globals['_WORKERLOAD']._serialized_start=1748
+  _globals['_WORKERLOAD']._serialized_end=2160
+  _globals['_WORKERLOAD_PERFMODELENTRY']._serialized_start=2112
+  _globals['_WORKERLOAD_PERFMODELENTRY']._serialized_end=2160
+  _globals['_INSPECTREQUEST']._serialized_start=2162
+  _globals['_INSPECTREQUEST']._serialized_end=2178
+  _globals['_INSPECTRESPONSE']._serialized_start=2181
+  _globals['_INSPECTRESPONSE']._serialized_end=2413
+  _globals['_INSPECTRESPONSE_COUNTERSENTRY']._serialized_start=2366
+  _globals['_INSPECTRESPONSE_COUNTERSENTRY']._serialized_end=2413
+  _globals['_DRAINREQUEST']._serialized_start=2415
+  _globals['_DRAINREQUEST']._serialized_end=2446
+  _globals['_DRAINRESPONSE']._serialized_start=2448
+  _globals['_DRAINRESPONSE']._serialized_end=2488
+  _globals['_SETROLEWEIGHTREQUEST']._serialized_start=2490
+  _globals['_SETROLEWEIGHTREQUEST']._serialized_end=2533
+  _globals['_SETROLEWEIGHTRESPONSE']._serialized_start=2535
+  _globals['_SETROLEWEIGHTRESPONSE']._serialized_end=2558
+  _globals['_WORKER']._serialized_start=2561
+  _globals['_WORKER']._serialized_end=2857
 # @@protoc_insertion_point(module_scope)

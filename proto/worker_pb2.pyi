@@ -1,3 +1,4 @@
+from pdserve.proto import handoff_pb2 as _handoff_pb2
 from pdserve.proto import inference_pb2 as _inference_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
@@ -38,7 +39,7 @@ class Candidate(_message.Message):
     def __init__(self, worker: _Optional[str] = ..., incarnation: _Optional[str] = ..., endpoint: _Optional[str] = ...) -> None: ...
 
 class OpenRequest(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "chain", "sampling", "candidates", "remaining_s", "namespace")
+    __slots__ = ("request_id", "prompt_token_ids", "chain", "sampling", "candidates", "remaining_s", "namespace", "prefix")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     CHAIN_FIELD_NUMBER: _ClassVar[int]
@@ -46,6 +47,7 @@ class OpenRequest(_message.Message):
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     REMAINING_S_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_token_ids: bytes
     chain: bytes
@@ -53,7 +55,8 @@ class OpenRequest(_message.Message):
     candidates: _containers.RepeatedCompositeFieldContainer[Candidate]
     remaining_s: float
     namespace: bytes
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[bytes] = ..., chain: _Optional[bytes] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ..., remaining_s: _Optional[float] = ..., namespace: _Optional[bytes] = ...) -> None: ...
+    prefix: _handoff_pb2.PrefixHolder
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[bytes] = ..., chain: _Optional[bytes] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ..., remaining_s: _Optional[float] = ..., namespace: _Optional[bytes] = ..., prefix: _Optional[_Union[_handoff_pb2.PrefixHolder, _Mapping]] = ...) -> None: ...
 
 class AttachRequest(_message.Message):
     __slots__ = ("request_id", "incarnation", "next_index")
