@@ -47,6 +47,11 @@ SERVE_FLAGS = (
     ServeFlag("mixed", "mixed", "Workers that do both; alone: only these."),
     ServeFlag("dtype", "dtype", "float32 or bfloat16."),
     ServeFlag("transport", "handoff.transport", "How KV blocks travel: auto, inproc, shm or tcp."),
+    ServeFlag(
+        "disaggregation",
+        "router.disaggregation",
+        "When prefill workers compute prompts: cost, always, never.",
+    ),
     ServeFlag("host", "router.host", "Address to listen on."),
     ServeFlag("grpc_port", "router.grpc_port", "Port of the gRPC API; 0 picks a free one."),
     ServeFlag(

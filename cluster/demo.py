@@ -37,7 +37,9 @@ def demo(
     Returns the exit status. Raises PdserveError.
     """
     base = config or ServeConfig()
-    chosen = dataclasses.replace(base, model=model, router=dataclasses.replace(base.router, grpc_port=0))
+    # Always: one prompt on an idle cluster is cheaper where it decodes, and a handoff is what there is to see.
+    router = dataclasses.replace(base.router, grpc_port=0, disaggregation="always")
+    chosen = dataclasses.replace(base, model=model, router=router)
     cluster = Cluster(chosen)
     result = run_until_signal(_run(cluster, prompt, max_tokens), cluster.remove_files)
     if result is None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from pdserve.core.errors import ConfigError
+from pdserve.core.types import Disaggregation
 
 DTYPES = ("float32", "bfloat16")
 TRANSPORTS = ("auto", "inproc", "shm", "tcp")
@@ -122,6 +123,8 @@ class RouterConfig:
     max_prompt_bytes: int = 4 * 1024 * 1024
     universal_share: float = 0.5
     """A leading block seen in more than this share of recent prompts is universal: the ring keys past it."""
+    disaggregation: str = "cost"
+    """cost: a prompt is handed off where that delays everybody less; always, never: whatever it costs."""
 
     def __post_init__(self) -> None:
         require(0 <= self.grpc_port <= 65535, "router.grpc_port", self.grpc_port, "in 0 to 65535")
@@ -132,6 +135,8 @@ class RouterConfig:
             require(getattr(self, name) >= 1, f"router.{name}", getattr(self, name), "at least 1")
         share = self.universal_share
         require(0 < share <= 1, "router.universal_share", share, "in (0, 1]")
+        modes = tuple(map(str, Disaggregation))
+        require(self.disaggregation in modes, "router.disaggregation", self.disaggregation, f"one of {modes}")
 
 
 @dataclass(frozen=True, slots=True)

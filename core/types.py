@@ -41,6 +41,17 @@ class Role(StrEnum):
     MIXED = "mixed"
 
 
+class Disaggregation(StrEnum):
+    """Who computes a prompt that the cache does not cover, where prefill workers are there."""
+
+    COST = "cost"
+    """Whoever delays everybody less, by prediction: a prefill worker, or the owner in its own pool."""
+    ALWAYS = "always"
+    """A prefill worker; the owner where none serves."""
+    NEVER = "never"
+    """The owner."""
+
+
 class FinishReason(StrEnum):
     """Why a sequence ended, in the OpenAI vocabulary."""
 

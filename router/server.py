@@ -15,6 +15,7 @@ from pdserve.core.config import ServeConfig
 from pdserve.core.errors import ConfigError
 from pdserve.core.security.cluster_tls import FrontTls, WorkerTls
 from pdserve.core.security.tokens import TokenTable
+from pdserve.core.types import Disaggregation
 from pdserve.kvtransfer.index.base import LocationIndex
 from pdserve.kvtransfer.index.metered import IndexStats
 from pdserve.proto import inference_pb2
@@ -87,7 +88,7 @@ class RouterServer:
         )
         dispatcher = Dispatcher(
             self.pool,
-            policy or HybridPolicy(),
+            policy or HybridPolicy(Disaggregation(config.router.disaggregation)),
             self.bookings,
             UniversalPrefix(config.router.universal_share),
             index,

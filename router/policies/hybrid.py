@@ -7,7 +7,7 @@ Their best candidates, judged by one cost, keep the strengths of all three.
 import hashlib
 from dataclasses import dataclass
 
-from pdserve.core.types import BLOCK_TOKENS, WorkerId, blocks_for, hit_limit
+from pdserve.core.types import BLOCK_TOKENS, Disaggregation, WorkerId, blocks_for, hit_limit
 from pdserve.router.policies.base import Placement, PlacementRequest, Profile, Ranked, rank
 from pdserve.router.ring import WorkerRing
 from pdserve.router.view import ClusterView, WorkerView
@@ -87,7 +87,8 @@ class _Aggregated:
 class HybridPolicy:
     """Two owners, three longest holders, two with least work; cost = wait + (1 + β) service - bonus."""
 
-    def __init__(self) -> None:
+    def __init__(self, disaggregation: Disaggregation = Disaggregation.COST) -> None:
+        self._disaggregation = disaggregation
         # A cache, not state: the ring is a function of the names in the view.
         self._ring = WorkerRing(())
 
@@ -118,7 +119,7 @@ class HybridPolicy:
         itself = owner.worker
         tail = request.prompt_tokens <= BLOCK_TOKENS
         aggregated = owner.record.prefills and not dedicated
-        if tail or aggregated:
+        if tail or aggregated or self._disaggregation is Disaggregation.NEVER:
             return (itself,)
         others = tuple(ranked.worker for ranked in self._prefill(view, owner, request))
         holds_all = request.depths.get(itself, 0) >= hit_limit(request.prompt_tokens)

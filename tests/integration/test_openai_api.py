@@ -15,7 +15,6 @@ import pytest_asyncio
 from stack import Stack, stack, tiny_config
 
 from pdserve.cluster.redis_server import RedisServer
-from pdserve.core.config import RouterConfig
 from pdserve.core.types import Role
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -61,7 +60,7 @@ def chat_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 async def cluster(chat_model: Path, redis: RedisServer) -> AsyncIterator[Stack]:
     """One prefill and one decode worker; at the end nobody holds anything."""
     config = tiny_config(chat_model, redis)
-    config = dataclasses.replace(config, router=RouterConfig(grpc_port=0, http_port=0))
+    config = dataclasses.replace(config, router=dataclasses.replace(config.router, http_port=0))
     async with stack(config, {"prefill-0": Role.PREFILL, "decode-0": Role.DECODE}) as running:
         yield running
 

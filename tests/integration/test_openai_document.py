@@ -21,7 +21,6 @@ from schemathesis.checks import (
 from stack import Stack, stack, tiny_config
 
 from pdserve.cluster.redis_server import RedisServer
-from pdserve.core.config import RouterConfig
 from pdserve.core.types import Role
 
 CHECKS = [
@@ -142,7 +141,7 @@ async def document_of(cluster: Stack) -> tuple[dict[str, Any], str]:
 
 async def survives(model: Path, redis: RedisServer, examples: int) -> None:
     config = tiny_config(model, redis)
-    config = dataclasses.replace(config, router=RouterConfig(grpc_port=0, http_port=0))
+    config = dataclasses.replace(config, router=dataclasses.replace(config.router, http_port=0))
     async with stack(config, {"prefill-0": Role.PREFILL, "decode-0": Role.DECODE}) as cluster:
         document, url = await document_of(cluster)
         assert set(document["paths"]) >= {"/v1/completions", "/v1/chat/completions", "/v1/models", "/ready"}

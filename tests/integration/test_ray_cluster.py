@@ -22,7 +22,18 @@ pytestmark = pytest.mark.timeout(300)
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Served]:
     """1 prefill + 1 decode worker of the demo model in float32."""
-    served = Served("--dtype", "float32", "--prefill", "1", "--decode", "1", "--pool-blocks", "512")
+    served = Served(
+        "--disaggregation",
+        "always",
+        "--dtype",
+        "float32",
+        "--prefill",
+        "1",
+        "--decode",
+        "1",
+        "--pool-blocks",
+        "512",
+    )
     try:
         yield served
     finally:

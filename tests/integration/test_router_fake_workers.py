@@ -97,7 +97,9 @@ async def running(
     for worker in workers:
         await worker.start()
     membership = FakeMembership([worker.record() for worker in workers])
-    config = ServeConfig(session=session, router=replace(router or RouterConfig(), grpc_port=0))
+    config = ServeConfig(
+        session=session, router=replace(router or RouterConfig(), grpc_port=0, disaggregation="always")
+    )
     tokenizers = {"tiny": tokenizer or ByteTokenizer()}
     server = RouterServer(config, index or MemoryIndex(), membership, tokenizers, "admin:1")
     await server.start()

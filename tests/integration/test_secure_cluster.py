@@ -62,7 +62,7 @@ def secure(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         config.write_text(
             f'[index]\nredis_url = "redis://:{PASSWORD}@127.0.0.1:{port}/0"\n'
             f'[security]\ntls_dir = "{certs}"\nclient_certificates = true\n'
-            f'tokens_file = "{certs / "tokens"}"\n[router]\nhttp_port = 0\n'
+            f'tokens_file = "{certs / "tokens"}"\n[router]\nhttp_port = 0\ndisaggregation = "always"\n'
         )
         flags = ("--prefill", "2", "--decode", "2", "--pool-blocks", "512", "--drain-grace", "0")
         served = Served("--config", str(config), "--model", str(tiny_model), *flags)

@@ -13,7 +13,7 @@ import pytest
 from stack import RouterSeams, Stack, tiny_config
 
 from pdserve.cluster.redis_server import RedisServer
-from pdserve.core.config import RouterConfig, SecurityConfig
+from pdserve.core.config import SecurityConfig
 from pdserve.core.security.dev_certs import make_certificates
 
 TOKEN = "token-of-the-tests-0123456789"
@@ -31,7 +31,7 @@ def certs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def http_door(model: Path, redis: RedisServer, security: SecurityConfig) -> AsyncIterator[int]:
     """A router without workers; the port of its HTTP API."""
     config = tiny_config(model, redis, security=security)
-    config = dataclasses.replace(config, router=RouterConfig(grpc_port=0, http_port=0))
+    config = dataclasses.replace(config, router=dataclasses.replace(config.router, http_port=0))
     running = Stack(config)
     try:
         await running.start_router(RouterSeams())

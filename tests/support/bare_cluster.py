@@ -128,7 +128,7 @@ class BareCluster:
             handoff=self.handoff,
             session=self.session,
             index=self.index,
-            router=RouterConfig(grpc_port=0),
+            router=RouterConfig(grpc_port=0, disaggregation="always"),
         )
         self.target = self._spawn(
             "router", "pdserve.router", RouterSpec(config=config).to_dict(), ()

@@ -19,7 +19,7 @@ from pdserve.core.config import (
     SessionConfig,
 )
 from pdserve.core.text.tokenizer import Tokenizer
-from pdserve.core.types import Role
+from pdserve.core.types import Disaggregation, Role
 from pdserve.kvtransfer.index.link import RedisLink
 from pdserve.kvtransfer.index.membership_view import MembershipView
 from pdserve.kvtransfer.index.redis_index import RedisIndex
@@ -104,7 +104,7 @@ class Stack:
         await self.view.refresh()
         self.view.start()
         self._closing.push_async_callback(self.view.stop)
-        policy: Policy = seams.policy(HybridPolicy())
+        policy: Policy = seams.policy(HybridPolicy(Disaggregation(config.router.disaggregation)))
         self.router = RouterServer(config, index, self.view, {config.model: tokenizer}, policy=policy)
         await self.router.start()
         self._closing.push_async_callback(self.router.stop, 0.2)
@@ -154,7 +154,8 @@ def busy(worker: Worker) -> dict[str, int]:
 
 
 def tiny_config(model: Path, redis: RedisServer, **changes: Any) -> ServeConfig:
-    """Small pools and chunks, so that everything happens often."""
+    """Small pools and chunks, so that everything happens often; and a handoff for every prompt that is worth
+    one, whatever it costs."""
     base = ServeConfig(
         model=str(model),
         dtype="float32",
@@ -164,7 +165,7 @@ def tiny_config(model: Path, redis: RedisServer, **changes: Any) -> ServeConfig:
         index=IndexConfig(
             redis_url=redis.url, cluster=f"t{id(object())}", timeout_s=1.0, heartbeat_s=0.1, ttl_s=3.0
         ),
-        router=RouterConfig(grpc_port=0),
+        router=RouterConfig(grpc_port=0, disaggregation="always"),
     )
     return dataclasses.replace(base, **changes)
 

@@ -51,6 +51,7 @@ from pdserve.core.errors import ConfigError
         (RouterConfig, {"max_queue": -1}),
         (RouterConfig, {"max_prompt_bytes": 0}),
         (RouterConfig, {"universal_share": 0.0}),
+        (RouterConfig, {"disaggregation": "sometimes"}),
         (ServeConfig, {"dtype": "float16"}),
         (ServeConfig, {"prefill": -1}),
         (ServeConfig, {"prefill": 0}),
