@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import grpc
+
 from pdserve.core.lifecycle import Lifecycle
 from pdserve.kvtransfer.handoff.decode_site import Importers
 from pdserve.kvtransfer.handoff.filler import Filler
@@ -27,3 +29,5 @@ class Seams:
     filler: Callable[[Filler], Filler] = lambda filler: filler
     importers: Callable[[Importers], Importers] = lambda importers: importers
     exporter: Callable[[Exporter], Exporter] = lambda exporter: exporter
+    channel: Callable[[grpc.aio.Channel], grpc.aio.Channel] = lambda channel: channel
+    """To a prefill worker: what D says on its handoffs' streams, and hears."""

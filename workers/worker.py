@@ -280,6 +280,7 @@ class Worker:
             preempted=lambda: self.engine.stats().preempted_blocks,
             perf=self._perf,
             tls=None if self._tls is None else self._tls.client,
+            channel=seams.channel,
         )
 
     def _make_prefill(self, seams: Seams) -> HandoffServicer:
