@@ -56,15 +56,18 @@ class DecodeHandoffs:
         preempted: Callable[[], int] | None = None,
         perf: PerfModel | None = None,
         tls: ClientTls | None = None,
+        channel: Callable[[grpc.aio.Channel], grpc.aio.Channel] = lambda channel: channel,
     ) -> None:
         """`progress` counts this worker's work. `transferred` is told (bytes, seconds, transport) of every
         chunk that landed. `relieve(blocks)` is called at every heartbeat while a reservation has to wait: it
         is HandoffServicer.relieve on a worker that also prefills. `preempted()` is how many blocks the
         engine's preempted sequences wait for; handoffs leave them. With `perf`, the model that learns from
         those transfers, blocks are taken as late as the transfer allows while the pool is tight; without it
-        at the first chunk. `tls` is for the streams to prefill workers.
+        at the first chunk. `tls` is for the streams to prefill workers,
+        `channel` says what is used in place of each of their channels.
         """
         self._tls = tls
+        self._wrap = channel
         self._site = DecodeSite(
             record=record,
             pool=pool,
@@ -89,18 +92,24 @@ class DecodeHandoffs:
 
     @property
     def counters(self) -> dict[str, int]:
-        """Totals since start: handoffs_committed, one per Outcome, aborted_in_<state>, digest_mismatches,
+        """Totals since start: handoffs_committed, one per Outcome, aborted_in_<state>, expired_in_<state>
+        (given up for its time, on whichever deadline), digest_mismatches,
         reservations_deferred (handoffs that chose to wait), reservations_refused (tries), silent_peers,
         defects.
         """
         return dict(self._site.counters)
+
+    @property
+    def lowest_transport(self) -> str:
+        """The last rung that this worker accepts: what it expects of a peer that it has never met."""
+        return self._site.transports[-1]
 
     def in_flight(self) -> int:
         """Handoffs that have not ended, those that only drain included."""
         return len(self._attempts)
 
     async def fetch(self, ask: HandoffAsk, peer: HandoffPeer) -> Committed | NotServed:
-        """Have `peer` prefill positions 0 to n-2 and fetch their KV.
+        """Have `peer` prefill positions 0 to n-2 and fetch their KV; with `held_only` fetch what it has.
 
         Raises InvalidRequest for a prompt of fewer than two tokens. A cancel gives up: the table of
         `ask.owner` is empty then, and what a transport may still write stays in quarantine until it is over.
@@ -189,7 +198,7 @@ class DecodeHandoffs:
     def _channel(self, endpoint: str) -> Iterator[grpc.aio.Channel]:
         channel = self._channels.pop(endpoint, None)
         if channel is None:
-            channel = connect(endpoint, CHANNEL_OPTIONS, self._tls)
+            channel = self._wrap(connect(endpoint, CHANNEL_OPTIONS, self._tls))
         self._channels[endpoint] = channel  # last: the most recently used
         self._users[endpoint] += 1
         try:
