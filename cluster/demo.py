@@ -37,7 +37,7 @@ def demo(
     Returns the exit status. Raises PdserveError.
     """
     base = config or ServeConfig()
-    # Always: one prompt on an idle cluster is cheaper where it decodes, and a handoff is what there is to see.
+    # One prompt on an idle cluster is cheaper where it decodes; here a handoff is what there is to see.
     router = dataclasses.replace(base.router, grpc_port=0, disaggregation="always")
     chosen = dataclasses.replace(base, model=model, router=router)
     cluster = Cluster(chosen)

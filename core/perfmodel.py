@@ -3,6 +3,7 @@
     step     =  prefill: a + b·Σ new tokens + c·Σ ((cached + new)² - cached²)
               + decode:  a + b·Σ context + c·sequences
     transfer =  latency + bytes / bandwidth, per transport (or peer)
+    handoff  =  what a handoff takes beside queue and prefill at P: core/handoff_overhead.py
 
 The form is that of DistServe (OSDI '24, section 4); a step that does both costs the sum. The worker fits; its
 coefficients travel in heartbeats as plain floats (`snapshot`) and the router predicts with them (`restore`).
@@ -13,7 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from pdserve.core.exploration import Exploration, PrefillPath
+from pdserve.core.handoff_overhead import HandoffOverhead, Movement
 from pdserve.core.linearfit import LinearFit
+from pdserve.core.running_error import RunningError
 
 _STEP_TERMS: Final = (
     "prefill/step_seconds",
@@ -39,10 +43,6 @@ _SHORTEST_SECONDS: Final = 1e-6
 
 _SHORTEST_FILL_SECONDS: Final = 1e-2
 """A prefill that is not longer, as predicted or as it was, says nothing about estimates."""
-
-_RECORDS_FOR_ERROR: Final = 8
-_ERROR_WEIGHT: Final = 0.05
-"""Weight of the newest relative error in the running mean, once there are enough for it to be one."""
 
 
 def prefill_attention(new_tokens: int, cached_tokens: int) -> int:
@@ -90,10 +90,12 @@ class PerfModel:
 
     def __init__(self) -> None:
         self._steps = LinearFit(_STEP_PRIOR)
-        self._prefill_error = _RunningError()
-        self._decode_error = _RunningError()
-        self._fill_error = _RunningError()
-        self._transfers: dict[str, tuple[LinearFit, _RunningError]] = {}
+        self._prefill_error = RunningError()
+        self._decode_error = RunningError()
+        self._fill_error = RunningError()
+        self._transfers: dict[str, tuple[LinearFit, RunningError]] = {}
+        self._overhead = HandoffOverhead()
+        self._exploration = Exploration()
 
     def observe_step(self, record: StepRecord) -> None:
         """Learn from a step; one without work or without a positive finite duration is left out."""
@@ -111,9 +113,19 @@ class PerfModel:
         if not _is_duration(record.seconds):
             return
         if record.transport not in self._transfers:
-            self._transfers[record.transport] = (LinearFit(_TRANSFER_PRIOR), _RunningError())
+            self._transfers[record.transport] = (LinearFit(_TRANSFER_PRIOR), RunningError())
         fit, running = self._transfers[record.transport]
         running.add(fit.observe((1.0, float(record.num_bytes)), record.seconds))
+
+    def observe_handoff(self, moved: Movement, transport: str, seconds: float) -> None:
+        """Learn what a whole handoff took beside the queue and the prefill at P."""
+        if _is_duration(seconds):
+            self._overhead.observe(transport, self._unhidden_s(moved, transport), seconds)
+
+    def observe_path(self, path: PrefillPath, seconds: float) -> None:
+        """A request of this worker's took `path`, and `seconds` to its first token."""
+        if _is_duration(seconds):
+            self._exploration.took(path, seconds)
 
     def observe_fill(self, predicted_seconds: float, seconds: float) -> None:
         """Learn how far off another worker's estimate of a whole prefill was, its queue included.
@@ -158,8 +170,27 @@ class PerfModel:
         """Moving `num_bytes` over `transport`; the prior where that transport has never been seen."""
         if num_bytes < 0:
             raise ValueError(f"transfer of {num_bytes} bytes")
-        fit, running = self._transfers.get(transport) or (LinearFit(_TRANSFER_PRIOR), _RunningError())
+        fit, running = self._transfers.get(transport) or (LinearFit(_TRANSFER_PRIOR), RunningError())
         return Prediction(_at_least_shortest(fit.predict((1.0, float(num_bytes)))), running.mean)
+
+    def handoff_seconds(self, moved: Movement, transport: str) -> Prediction:
+        """What a handoff adds to the queue and the prefill at P: messages, and the transfer that shows."""
+        seconds, error = self._overhead.predict(transport, self._unhidden_s(moved, transport))
+        return Prediction(_at_least_shortest(seconds), error)
+
+    def credit_seconds(self, path: PrefillPath) -> float:
+        """What this worker's next request may lose by trying `path`, see core/exploration.py."""
+        return self._exploration.credit_s(path)
+
+    @property
+    def knows_prefill(self) -> bool:
+        """Prefills were measured, here or where the snapshot comes from."""
+        return self._prefill_error.mean is not None
+
+    def _unhidden_s(self, moved: Movement, transport: str) -> float:
+        whole = self.transfer_seconds(moved.num_bytes, transport).seconds
+        last = self.transfer_seconds(moved.last_bytes, transport).seconds
+        return max(last, whole - moved.prefill_s)
 
     def snapshot(self) -> dict[str, float]:
         """Everything that predictions depend on, as plain floats; `restore` reads it back."""
@@ -171,7 +202,7 @@ class PerfModel:
             for term, value in zip(_TRANSFER_TERMS, fit.coefficients, strict=True):
                 values[f"{_TRANSFER}/{transport}/{term}"] = value
             _put(values, f"{_TRANSFER}/{transport}/relative_error", running.mean)
-        return values
+        return values | self._overhead.snapshot() | self._exploration.snapshot()
 
     def restore(self, values: Mapping[str, float]) -> None:
         """Predict as the model that made the snapshot did.
@@ -188,34 +219,20 @@ class PerfModel:
             name.split("/", 1)[1].rsplit("/", 1)[0] for name in values if name.startswith(f"{_TRANSFER}/")
         ]
         self._steps = _restored(values, _STEP_TERMS, _STEP_PRIOR)
-        self._prefill_error = _RunningError(values.get(_PREFILL_ERROR))
-        self._decode_error = _RunningError(values.get(_DECODE_ERROR))
-        self._fill_error = _RunningError(values.get(_FILL_ERROR))
+        self._prefill_error = RunningError(values.get(_PREFILL_ERROR))
+        self._decode_error = RunningError(values.get(_DECODE_ERROR))
+        self._fill_error = RunningError(values.get(_FILL_ERROR))
         self._transfers = {
             name: (
                 _restored(
                     values, [f"{_TRANSFER}/{name}/{term}" for term in _TRANSFER_TERMS], _TRANSFER_PRIOR
                 ),
-                _RunningError(values.get(f"{_TRANSFER}/{name}/relative_error")),
+                RunningError(values.get(f"{_TRANSFER}/{name}/relative_error")),
             )
             for name in dict.fromkeys(names)
         }
-
-
-class _RunningError:
-    """Mean relative error of predictions made before their outcome was known; newer ones weigh more."""
-
-    def __init__(self, mean: float | None = None) -> None:
-        self._mean = mean if mean is not None else 0.0
-        self._records = _RECORDS_FOR_ERROR if mean is not None else 0
-
-    @property
-    def mean(self) -> float | None:
-        return self._mean if self._records >= _RECORDS_FOR_ERROR else None
-
-    def add(self, error: float) -> None:
-        self._records += 1
-        self._mean += (error - self._mean) * max(_ERROR_WEIGHT, 1.0 / self._records)
+        self._overhead = HandoffOverhead(values)
+        self._exploration = Exploration(values)
 
 
 def _step_features(record: StepRecord) -> tuple[float, ...]:

@@ -22,18 +22,8 @@ pytestmark = pytest.mark.timeout(300)
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Served]:
     """1 prefill + 1 decode worker of the demo model in float32."""
-    served = Served(
-        "--disaggregation",
-        "always",
-        "--dtype",
-        "float32",
-        "--prefill",
-        "1",
-        "--decode",
-        "1",
-        "--pool-blocks",
-        "512",
-    )
+    shape = ("--prefill", "1", "--decode", "1", "--pool-blocks", "512")
+    served = Served("--dtype", "float32", "--disaggregation", "always", *shape)
     try:
         yield served
     finally:

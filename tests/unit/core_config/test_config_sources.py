@@ -25,7 +25,12 @@ from pdserve.core.errors import ConfigError
 DEFAULTS = to_mapping(ServeConfig())
 KEYS = [key for key, _ in value_types()]
 TIED = {"security.tls_certificate", "security.tls_key", "security.tls_ca"}
-CHOSEN: dict[str, Any] = {"dtype": "bfloat16", "handoff.transport": "tcp", "index.cluster": "other"}
+CHOSEN: dict[str, Any] = {
+    "dtype": "bfloat16",
+    "handoff.transport": "tcp",
+    "index.cluster": "other",
+    "router.disaggregation": "never",
+}
 """Values of those keys that take few."""
 
 
