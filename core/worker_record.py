@@ -26,6 +26,8 @@ class WorkerRecord:
     role_weight: float
     """Share of its token budget spent on prefill: 1 prefill only, 0 decode only."""
     draining: bool = False
+    block_bytes: int = 0
+    """Of the KV of one block, as this worker keeps it."""
 
     @property
     def prefills(self) -> bool:
@@ -52,6 +54,8 @@ class WorkerLoad:
     """A worker's work at the time of a heartbeat. Blocks count 16 tokens each."""
 
     queued_prefill_tokens: int = 0
+    queued_prefills: int = 0
+    """Sequences, running or waiting, that these tokens belong to; all others decode."""
     running: int = 0
     waiting: int = 0
     context_tokens: int = 0
@@ -63,6 +67,8 @@ class WorkerLoad:
     """Engine steps since start."""
     perf_model: dict[str, float] = field(default_factory=dict)
     """Coefficients of the worker's PerfModel, see core/perfmodel.py."""
+    ways: dict[str, str] = field(default_factory=dict)
+    """Transport by worker, of those whose blocks this one fetches."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -151,8 +151,16 @@ class Ledger(_message.Message):
     first_step: float
     def __init__(self, queue: _Optional[float] = ..., locate: _Optional[float] = ..., place: _Optional[float] = ..., retry: _Optional[float] = ..., prefill_queue: _Optional[float] = ..., prefill: _Optional[float] = ..., exposed_transfer: _Optional[float] = ..., first_step: _Optional[float] = ...) -> None: ...
 
+class PrefillCost(_message.Message):
+    __slots__ = ("seconds", "harm_s")
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    HARM_S_FIELD_NUMBER: _ClassVar[int]
+    seconds: float
+    harm_s: float
+    def __init__(self, seconds: _Optional[float] = ..., harm_s: _Optional[float] = ...) -> None: ...
+
 class Route(_message.Message):
-    __slots__ = ("prefill_worker", "decode_worker", "prefill_incarnation", "decode_incarnation", "prefill_pid", "decode_pid", "transport", "blocks_moved", "bytes_moved", "blocks_reused", "candidates_tried", "prefix_blocks_fetched", "prefix_worker")
+    __slots__ = ("prefill_worker", "decode_worker", "prefill_incarnation", "decode_incarnation", "prefill_pid", "decode_pid", "transport", "blocks_moved", "bytes_moved", "blocks_reused", "candidates_tried", "prefix_blocks_fetched", "prefix_worker", "predicted_local", "predicted_handoff", "measured_s")
     PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
     DECODE_WORKER_FIELD_NUMBER: _ClassVar[int]
     PREFILL_INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -166,6 +174,9 @@ class Route(_message.Message):
     CANDIDATES_TRIED_FIELD_NUMBER: _ClassVar[int]
     PREFIX_BLOCKS_FETCHED_FIELD_NUMBER: _ClassVar[int]
     PREFIX_WORKER_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_LOCAL_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_HANDOFF_FIELD_NUMBER: _ClassVar[int]
+    MEASURED_S_FIELD_NUMBER: _ClassVar[int]
     prefill_worker: str
     decode_worker: str
     prefill_incarnation: str
@@ -179,7 +190,10 @@ class Route(_message.Message):
     candidates_tried: int
     prefix_blocks_fetched: int
     prefix_worker: str
-    def __init__(self, prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., prefill_incarnation: _Optional[str] = ..., decode_incarnation: _Optional[str] = ..., prefill_pid: _Optional[int] = ..., decode_pid: _Optional[int] = ..., transport: _Optional[str] = ..., blocks_moved: _Optional[int] = ..., bytes_moved: _Optional[int] = ..., blocks_reused: _Optional[int] = ..., candidates_tried: _Optional[int] = ..., prefix_blocks_fetched: _Optional[int] = ..., prefix_worker: _Optional[str] = ...) -> None: ...
+    predicted_local: PrefillCost
+    predicted_handoff: PrefillCost
+    measured_s: float
+    def __init__(self, prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., prefill_incarnation: _Optional[str] = ..., decode_incarnation: _Optional[str] = ..., prefill_pid: _Optional[int] = ..., decode_pid: _Optional[int] = ..., transport: _Optional[str] = ..., blocks_moved: _Optional[int] = ..., bytes_moved: _Optional[int] = ..., blocks_reused: _Optional[int] = ..., candidates_tried: _Optional[int] = ..., prefix_blocks_fetched: _Optional[int] = ..., prefix_worker: _Optional[str] = ..., predicted_local: _Optional[_Union[PrefillCost, _Mapping]] = ..., predicted_handoff: _Optional[_Union[PrefillCost, _Mapping]] = ..., measured_s: _Optional[float] = ...) -> None: ...
 
 class GenerateChunk(_message.Message):
     __slots__ = ("request_id", "choice", "first_index", "token_ids", "text", "finish_reason", "ledger", "route", "usage", "logprobs")

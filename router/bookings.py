@@ -11,6 +11,10 @@ class Charge:
     """Work that a worker got from this router."""
 
     requests: int = 0
+    streams: int = 0
+    """Requests whose first token has come."""
+    prefills: int = 0
+    """Prompts to compute."""
     prefill_tokens: int = 0
     prefill_s: float = 0.0
     blocks: int = 0
@@ -19,6 +23,8 @@ class Charge:
     def __add__(self, other: "Charge") -> "Charge":
         return Charge(
             self.requests + other.requests,
+            self.streams + other.streams,
+            self.prefills + other.prefills,
             self.prefill_tokens + other.prefill_tokens,
             self.prefill_s + other.prefill_s,
             self.blocks + other.blocks,
@@ -110,6 +116,8 @@ def _share(booking: Booking, worker: WorkerId) -> Charge:
     prefills = booking.prefill == worker
     return Charge(
         requests=1,
+        streams=int(booking.prefill is None),
+        prefills=int(prefills),
         prefill_tokens=booking.prefill_tokens if prefills else 0,
         prefill_s=booking.prefill_s if prefills else 0.0,
         blocks=booking.blocks if decodes else 0,

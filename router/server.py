@@ -81,7 +81,7 @@ class RouterServer:
             self.bookings,
             router=f"router-{secrets.token_hex(4)}",
             config=config.session,
-            chunk_tokens=config.engine.chunk_tokens,
+            engine=config.engine,
             clock=clock,
             export_share=config.handoff.export_share,
             tls=None if worker_tls is None else worker_tls.client,

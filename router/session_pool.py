@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from pdserve.core.clock import Clock
-from pdserve.core.config import SessionConfig
+from pdserve.core.config import EngineConfig, SessionConfig
 from pdserve.core.security.tls import ClientTls
 from pdserve.core.types import Incarnation, WorkerId
 from pdserve.core.worker_record import WorkerRecord
@@ -13,7 +13,7 @@ from pdserve.proto import inference_pb2
 from pdserve.router import wire
 from pdserve.router.bookings import Bookings
 from pdserve.router.sessions import SessionState, WorkerSession
-from pdserve.router.view import ClusterView, WorkerView
+from pdserve.router.view import ClusterView, WorkerView, informed
 
 
 class MemberLike(Protocol):
@@ -47,7 +47,7 @@ class SessionPool:
         bookings: Bookings,
         router: str,
         config: SessionConfig,
-        chunk_tokens: int,
+        engine: EngineConfig,
         clock: Clock,
         export_share: float = 1.0,
         tls: ClientTls | None = None,
@@ -57,7 +57,7 @@ class SessionPool:
         self._bookings = bookings
         self._router = router
         self._config = config
-        self._chunk_tokens = chunk_tokens
+        self._engine = engine
         self._export_share = export_share
         self._clock = clock
         self._sessions: dict[WorkerId, WorkerSession] = {}
@@ -96,7 +96,7 @@ class SessionPool:
     def view(self, records: Iterable[WorkerRecord]) -> ClusterView:
         """The picture of these workers that a placement sees, without those that have left since."""
         found = (self._sessions.get(record.worker) for record in records)
-        return ClusterView(tuple(self._view_of(session) for session in found if session is not None))
+        return informed(self._view_of(session) for session in found if session is not None)
 
     def statuses(self) -> list[inference_pb2.WorkerStatus]:
         """All members for a status page, in order of name."""
@@ -111,7 +111,8 @@ class SessionPool:
             record=session.record,
             load=session.load,
             perf=session.perf,
-            chunk_tokens=self._chunk_tokens,
+            chunk_tokens=self._engine.chunk_tokens,
+            token_budget=self._engine.token_budget,
             charged=self._bookings.charged(worker),
             fresh=self._bookings.charged(worker, since=session.loaded_at),
             suspect=session.suspect,

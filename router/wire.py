@@ -85,6 +85,7 @@ def load_of(heartbeat: worker_pb2.WorkerHeartbeat) -> WorkerLoad:
     load = heartbeat.load
     return WorkerLoad(
         queued_prefill_tokens=load.queued_prefill_tokens,
+        queued_prefills=load.queued_prefills,
         running=load.running,
         waiting=load.waiting,
         context_tokens=load.context_tokens,
@@ -94,6 +95,7 @@ def load_of(heartbeat: worker_pb2.WorkerHeartbeat) -> WorkerLoad:
         total_blocks=load.blocks.total,
         progress=heartbeat.progress,
         perf_model=dict(load.perf_model),
+        ways=dict(load.ways),
     )
 
 

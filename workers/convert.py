@@ -6,6 +6,7 @@ from pdserve.core.clock import Clock
 from pdserve.core.errors import InvalidRequest
 from pdserve.core.types import BLOCK_TOKENS, RequestId
 from pdserve.core.worker_record import WorkerLoad, WorkerRecord
+from pdserve.kvtransfer.handoff.wire import unpack_prefix
 from pdserve.kvtransfer.names import chain, unpack_chain, unpack_tokens
 from pdserve.kvtransfer.pool.pool import PoolCounts
 from pdserve.proto import inference_pb2, sampling, worker_pb2
@@ -38,6 +39,7 @@ def decode_ask(message: worker_pb2.OpenRequest, clock: Clock) -> DecodeAsk:
         sampling=sampling.decode(message.sampling),
         candidates=tuple(PrefillCandidate(c.worker, c.incarnation, c.endpoint) for c in message.candidates),
         deadline=None if remaining is None else clock.now() + remaining,
+        prefix=unpack_prefix(message.prefix) if message.HasField("prefix") else None,
     )
 
 
@@ -83,6 +85,7 @@ def worker_load(
 ) -> worker_pb2.WorkerLoad:
     return worker_pb2.WorkerLoad(
         queued_prefill_tokens=load.queued_prefill_tokens,
+        queued_prefills=load.queued_prefills,
         running=load.running,
         waiting=load.waiting,
         context_tokens=load.context_tokens,
@@ -90,6 +93,7 @@ def worker_load(
         draining=record.draining,
         role_weight=record.role_weight,
         perf_model=load.perf_model,
+        ways=load.ways,
         handoffs=handoffs,
         in_flight=in_flight,
         uptime_s=use.uptime_s,

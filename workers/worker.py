@@ -24,6 +24,7 @@ from pdserve.core.security.tls import SocketTls
 from pdserve.core.types import Incarnation, Role, new_incarnation
 from pdserve.core.worker_record import WorkerLoad, WorkerRecord
 from pdserve.kvtransfer.handoff.consumer import DecodeHandoffs
+from pdserve.kvtransfer.handoff.prefix_fetch import PrefixFetch
 from pdserve.kvtransfer.handoff.producer import HandoffServicer
 from pdserve.kvtransfer.index.base import IndexUnavailable
 from pdserve.kvtransfer.native import load_kernel
@@ -99,6 +100,15 @@ class Worker:
             self.storage, accepted(spec.handoff.transport), tls=self._socket_tls()
         )
         self.handoffs = self._make_handoffs(seams)
+        self.prefixes = PrefixFetch(
+            record=self.record,
+            pool=self.pool,
+            handoffs=self.handoffs,
+            ways=self._importers.ways,
+            perf=self._perf,
+            chunk_tokens=spec.engine.chunk_tokens,
+            clock=self.clock,
+        )
         self.prefill = self._make_prefill(seams)
         self.decode = DecodeRole(
             record=self.record,
@@ -107,6 +117,7 @@ class Worker:
             prepare=self._texts.prepare,
             dispatcher=self.dispatcher,
             handoffs=self.handoffs,
+            prefixes=self.prefixes,
             engine_config=spec.engine,
             session_config=spec.session,
             clock=self.clock,
@@ -202,6 +213,7 @@ class Worker:
         stats = self.engine.stats()
         return WorkerLoad(
             queued_prefill_tokens=stats.queued_prefill_tokens,
+            queued_prefills=stats.queued_prefills,
             running=stats.running,
             waiting=stats.waiting,
             context_tokens=stats.context_tokens,
@@ -211,6 +223,7 @@ class Worker:
             total_blocks=counts.total,
             progress=stats.progress,
             perf_model=dict(stats.perf),
+            ways=dict(self._importers.ways()),
         )
 
     def use(self) -> WorkerUse:
@@ -298,6 +311,7 @@ class Worker:
             progress=self._progress,
             clock=self.clock,
             observer=seams.observer,
+            prefixes=self.prefixes,
         )
 
     def _socket_tls(self) -> SocketTls | None:
@@ -340,6 +354,7 @@ class Worker:
         sources = {
             "decode": self.decode.counters,
             "fetch": self.handoffs.counters,
+            "prefix": self.prefixes.counters,
             "serve": self.prefill.counters,
         }
         counters = {f"{source}_{name}": n for source, found in sources.items() for name, n in found.items()}
@@ -371,4 +386,5 @@ def _first_record(spec: WorkerSpec, model: ModelHost, port: int) -> WorkerRecord
         dtype=spec.dtype,
         pool_blocks=spec.engine.pool_blocks,
         role_weight=spec.role_weight,
+        block_bytes=model.storage.layout.block_bytes,
     )

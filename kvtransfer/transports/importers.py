@@ -72,6 +72,14 @@ class ImporterCache:
         pairs = Counter(transport for _, _, transport in self._ways)
         return {name: RungUse(pairs[name], self._falls[name]) for name in sorted({*pairs, *self._falls})}
 
+    def ways(self) -> Mapping[WorkerId, str]:
+        """The transport over which each peer is fetched from, of those that were met and are kept."""
+        return {
+            worker: transport
+            for (worker, _, transport), way in self._ways.items()  # the most recently used last
+            if not way.condemned
+        }
+
     async def get(
         self, worker: WorkerId, incarnation: Incarnation, offers: Sequence[Offer]
     ) -> Importer | None:

@@ -142,6 +142,8 @@ class ThreadEngineClient:
             waiting=stats.waiting + len(queued),
             queued_prefill_tokens=stats.queued_prefill_tokens
             + sum(len(spec.token_ids) - spec.num_computed for spec in queued),
+            # One that comes with its KV has one token to run: it decodes.
+            queued_prefills=stats.queued_prefills + sum(not spec.num_computed for spec in queued),
             perf=self._engine.perf_snapshot(),
         )
 

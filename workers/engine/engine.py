@@ -156,11 +156,13 @@ class Engine:
     def stats(self) -> EngineStats:
         """Counts as of the last step; `perf` is empty, see `perf_snapshot`."""
         running, waiting = self._scheduler.running, self._scheduler.waiting
+        prefills = [s.remaining for s in (*running, *waiting) if not s.is_decoding]
         return EngineStats(
             progress=self._steps,
             running=len(running),
             waiting=len(waiting),
-            queued_prefill_tokens=sum(s.remaining for s in (*running, *waiting) if not s.is_decoding),
+            queued_prefill_tokens=sum(prefills),
+            queued_prefills=len(prefills),
             context_tokens=sum(s.num_computed for s in running),
             preemptions=self._preemptions,
             preempted_blocks=sum(

@@ -79,6 +79,8 @@ class EngineStats:
     waiting: int
     queued_prefill_tokens: int
     """Prompt tokens still to compute, of running and waiting sequences."""
+    queued_prefills: int
+    """The sequences that these belong to."""
     context_tokens: int
     """Computed positions of the running sequences."""
     preemptions: int

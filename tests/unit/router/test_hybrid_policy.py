@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from router_views import decoders, mixers, prefillers, request, view, worker
 
-from pdserve.core.types import Role, WorkerId
+from pdserve.core.types import Disaggregation, Role, WorkerId
 from pdserve.router.bookings import Booking, Bookings, Charge
 from pdserve.router.policies.base import Placement, PlacementRequest, rank
 from pdserve.router.policies.hybrid import HOLDERS, LEAST_WORK, RING_OWNERS, HybridPolicy
@@ -17,7 +17,8 @@ from pdserve.router.view import ClusterView, WorkerView
 
 
 def place(cluster: ClusterView, asked: PlacementRequest) -> Placement:
-    placement = HybridPolicy().place(cluster, asked, 0.0)
+    """In the order of the prefill profile alone; test_conditional_disaggregation.py has the owner's turn."""
+    placement = HybridPolicy(Disaggregation.ALWAYS).place(cluster, asked, 0.0)
     assert placement is not None
     return placement
 
@@ -141,14 +142,16 @@ def test_among_equally_free_owners_less_context_wins() -> None:
 
 
 def test_decisions_count_before_any_heartbeat_says_so() -> None:
-    charged = worker("prefill-0", Role.PREFILL, charged=Charge(1, 9000, 20.0, 0))
+    charged = worker(
+        "prefill-0", Role.PREFILL, charged=Charge(requests=1, prefill_tokens=9000, prefill_s=20.0)
+    )
     placement = place(view(charged, worker("prefill-1", Role.PREFILL), *decoders(1)), request())
     assert placement.prefill[0] == "prefill-1"
 
 
 def test_a_shared_prefix_does_not_pile_up_on_its_holder() -> None:
     """One holder, many requests with its prefix, no heartbeat in between: the book spreads them."""
-    policy, bookings = HybridPolicy(), Bookings()
+    policy, bookings = HybridPolicy(Disaggregation.ALWAYS), Bookings()
     base = [*prefillers(4), *decoders(2)]
     asked = request(1600, depths={"prefill-0": 60})
     firsts: Counter[WorkerId] = Counter()
@@ -195,7 +198,7 @@ def owners_of(cluster: ClusterView, asked: PlacementRequest) -> list[WorkerId]:
 
 
 def test_a_suspect_workers_keys_come_back_with_it() -> None:
-    policy = HybridPolicy()
+    policy = HybridPolicy(Disaggregation.ALWAYS)
     well = view(*prefillers(6), *decoders(1))
     ill = view(worker("prefill-0", Role.PREFILL, suspect=True), *prefillers(6)[1:], *decoders(1))
     for key in keys(40):

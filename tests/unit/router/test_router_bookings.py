@@ -21,16 +21,16 @@ def booking(at: float = 0.0, prefill: WorkerId | None = P, decode: WorkerId = D)
 def test_both_sides_are_charged_for_their_part() -> None:
     bookings = Bookings()
     bookings.charge(R, booking())
-    assert bookings.charged(P) == Charge(1, 100, 0.5, 0)
-    assert bookings.charged(D) == Charge(1, 0, 0.0, 10)
+    assert bookings.charged(P) == Charge(requests=1, prefills=1, prefill_tokens=100, prefill_s=0.5)
+    assert bookings.charged(D) == Charge(requests=1, blocks=10)
 
 
 def test_a_prefill_at_the_owner_is_one_request() -> None:
     bookings = Bookings()
     bookings.charge(R, booking(prefill=D))
-    assert bookings.charged(D) == Charge(1, 100, 0.5, 10)
+    assert bookings.charged(D) == Charge(requests=1, prefills=1, prefill_tokens=100, prefill_s=0.5, blocks=10)
     bookings.settle_prefill(R)
-    assert bookings.charged(D) == Charge(1, 0, 0.0, 10)
+    assert bookings.charged(D) == Charge(requests=1, streams=1, blocks=10)
     bookings.settle(R)
     assert bookings.charged(D) == Charge()
 
@@ -94,7 +94,7 @@ def test_work_in_a_heartbeat_is_not_counted_again() -> None:
     perf = PerfModel()
     queued = perf.prefill_seconds(1000, 0, 256).seconds
     plain = worker("prefill-0", Role.PREFILL)
-    mine = Charge(1, 1000, queued, 5)
+    mine = Charge(requests=1, prefills=1, prefill_tokens=1000, prefill_s=queued, blocks=5)
 
     def seen(load: WorkerLoad, fresh: Charge) -> WorkerView:
         return WorkerView(plain.record, load, perf, 256, mine, fresh)

@@ -3,7 +3,7 @@
 from router_views import record
 
 from pdserve.core.clock import ManualClock
-from pdserve.core.config import SessionConfig
+from pdserve.core.config import EngineConfig, SessionConfig
 from pdserve.core.types import Role
 from pdserve.router.bookings import Bookings
 from pdserve.router.session_pool import SessionPool
@@ -22,7 +22,7 @@ async def test_a_worker_that_has_left_is_not_in_the_view() -> None:
         Bookings(),
         router="router-1",
         config=SessionConfig(),
-        chunk_tokens=256,
+        engine=EngineConfig(),
         clock=ManualClock(),
     )
     view = pool.view([record("decode-0", Role.DECODE), record("prefill-0", Role.PREFILL)])
