@@ -6,6 +6,7 @@ from pdserve.client.values import (
     ClusterStatus,
     IndexUse,
     ModelInfo,
+    PrefillCost,
     Route,
     TransportUse,
     WorkerStatus,
@@ -60,7 +61,16 @@ def route(message: pb.Route) -> Route:
         bytes_moved=message.bytes_moved,
         blocks_reused=message.blocks_reused,
         candidates_tried=message.candidates_tried,
+        predicted_local=_cost(message.predicted_local) if message.HasField("predicted_local") else None,
+        predicted_handoff=_cost(message.predicted_handoff) if message.HasField("predicted_handoff") else None,
+        measured_s=message.measured_s,
+        prefix_blocks_fetched=message.prefix_blocks_fetched,
+        prefix_worker=message.prefix_worker,
     )
+
+
+def _cost(message: pb.PrefillCost) -> PrefillCost:
+    return PrefillCost(message.seconds, message.harm_s)
 
 
 def models(message: pb.ListModelsResponse) -> tuple[ModelInfo, ...]:

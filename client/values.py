@@ -22,6 +22,16 @@ class ChatMessage:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefillCost:
+    """What the router expected of computing the prompt in one place, in seconds."""
+
+    seconds: float
+    """Until the first token, once the decode worker has the request."""
+    harm_s: float
+    """What others lose by it, summed over them."""
+
+
+@dataclass(frozen=True, slots=True)
 class Route:
     """Who served a request, and what moved between workers for it."""
 
@@ -39,6 +49,16 @@ class Route:
     """Prompt blocks that the decode worker already held."""
     candidates_tried: int = 0
     """Prefill candidates that were asked and did not serve."""
+    predicted_local: PrefillCost | None = None
+    """Of the decode worker computing the prompt; None, as the other one, where there was no choice."""
+    predicted_handoff: PrefillCost | None = None
+    """Of the best prefill worker computing it."""
+    measured_s: float = 0.0
+    """What the way that was taken took, as the decode worker measured it: the `seconds` of its prediction."""
+    prefix_blocks_fetched: int = 0
+    """Prompt blocks that the prefill worker fetched from `prefix_worker` instead of computing them."""
+    prefix_worker: str = ""
+    """Empty when nothing was fetched."""
 
 
 @dataclass(frozen=True, slots=True)

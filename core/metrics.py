@@ -23,6 +23,9 @@ class Metric(StrEnum):
     """Histogram: arrival to the end, of requests that ended well."""
     QUEUE_TIME = "request_queue_time_seconds"
     """Histogram: the ledger's `queue`."""
+    PREFILL_PREDICTION_ERROR = "prefill_prediction_error_ratio"
+    """Histogram, label `path`, local or handoff: |predicted - measured| / measured of the route's seconds to
+    the first token, for the way that was taken. What the choice between the two ways rests on."""
     PROMPT_TOKENS = "prompt_tokens"
     """Counter."""
     CACHED_PROMPT_TOKENS = "prefix_cache_hits"

@@ -17,6 +17,7 @@ from pdserve.router.intake import Intake, OnEnd
 
 _LONG: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
 _SHORT: Final = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 5)
+_RATIOS: Final = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2, 5, 10)
 _BLOCK_STATES: Final = ("free", "held", "reserved", "cached", "loading", "quarantined")
 _USED_STATES: Final = ("held", "reserved", "loading", "quarantined")
 
@@ -45,6 +46,14 @@ class RequestMetrics:
         self.itl = histogram(Metric.INTER_TOKEN_LATENCY, "Between chunks of one choice.", _SHORT)
         self.e2e = histogram(Metric.E2E_LATENCY, "Arrival to the end.", _LONG)
         self.queue = histogram(Metric.QUEUE_TIME, "Waiting for admission.", _LONG)
+        self.prediction_error = Histogram(
+            Metric.PREFILL_PREDICTION_ERROR,
+            "Relative error of the predicted time to the first token.",
+            ("path",),
+            namespace=NAMESPACE,
+            registry=registry,
+            buckets=tuple(map(float, _RATIOS)),
+        )
         self.prompt_tokens = counter(Metric.PROMPT_TOKENS, "Prompt tokens of ended requests.")
         self.cached_tokens = counter(Metric.CACHED_PROMPT_TOKENS, "Prompt tokens that nobody computed.")
         self.generated_tokens = counter(Metric.GENERATED_TOKENS, "Tokens sent to clients.")
@@ -57,6 +66,16 @@ class RequestMetrics:
         except Exception as error:
             self.fail(from_foreign(error), begun=False)
             raise
+
+    def judge(self, route: inference_pb2.Route) -> None:
+        """Compare what was expected of the way that was taken; of one with detours nothing was expected."""
+        local = route.prefill_worker == route.decode_worker
+        path, field = ("local", "predicted_local") if local else ("handoff", "predicted_handoff")
+        if not route.HasField(field) or route.candidates_tried or route.measured_s <= 0.0:
+            return
+        predicted: inference_pb2.PrefillCost = getattr(route, field)
+        error = abs(predicted.seconds - route.measured_s) / route.measured_s
+        self.prediction_error.labels(path).observe(error)
 
     def fail(self, error: PdserveError, begun: bool) -> None:
         """Count a request that did not end well; `begun`: something had been generated for it."""
@@ -113,6 +132,7 @@ class MeteredIntake:
         elif not latest:
             metrics.ttft.observe(now - arrived)
             metrics.queue.observe(chunk.ledger.queue)
+            metrics.judge(chunk.route)
         latest[chunk.choice] = now
         if chunk.finish_reason:
             metrics.generated_tokens.inc(chunk.usage.completion_tokens)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from pdserve.core.types import WorkerId
+from pdserve.core.types import BLOCK_TOKENS, WorkerId, hit_limit
 from pdserve.router.view import ClusterView, WorkerView
 
 
@@ -23,6 +23,40 @@ class PlacementRequest:
     longest_blocks: int = 0
     """Blocks of one choice that comes to its max_tokens: a smaller pool refuses the request for good."""
 
+    def held_blocks(self, worker: WorkerId) -> int:
+        """Leading blocks that `worker` need not compute."""
+        return min(self.depths.get(worker, 0), hit_limit(self.prompt_tokens))
+
+    def cached_tokens(self, worker: WorkerId) -> int:
+        """Those blocks in tokens."""
+        return self.held_blocks(worker) * BLOCK_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillCost:
+    """What computing the prompt in one place is expected to cost, in seconds."""
+
+    seconds: float
+    """Until the first token, once the owner has the request."""
+    harm_s: float
+    """What others lose by it, summed over them."""
+
+    @property
+    def total_s(self) -> float:
+        return self.seconds + self.harm_s
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChoice:
+    """Who computes the prompt, and what spoke for it."""
+
+    candidates: tuple[WorkerId, ...]
+    """Best first; ends with the owner."""
+    local: PrefillCost | None = None
+    """None, as is `handoff`, where there was nothing to choose."""
+    handoff: PrefillCost | None = None
+    """Of the best candidate that is not the owner."""
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:
@@ -34,6 +68,10 @@ class Placement:
     """Tokens that the first of `prefill` is expected to compute."""
     prefill_s: float
     """Predicted seconds for them."""
+    local: PrefillCost | None = None
+    """What was expected of the owner's own pool; None where there was no choice."""
+    handoff: PrefillCost | None = None
+    """What was expected of the best prefill worker."""
 
 
 class Policy(Protocol):

@@ -7,8 +7,16 @@ Their best candidates, judged by one cost, keep the strengths of all three.
 import hashlib
 from dataclasses import dataclass
 
-from pdserve.core.types import BLOCK_TOKENS, Disaggregation, WorkerId, blocks_for, hit_limit
-from pdserve.router.policies.base import Placement, PlacementRequest, Profile, Ranked, rank
+from pdserve.core.types import Disaggregation, WorkerId, blocks_for, hit_limit
+from pdserve.router.policies.base import (
+    Placement,
+    PlacementRequest,
+    PrefillChoice,
+    Profile,
+    Ranked,
+    rank,
+)
+from pdserve.router.policies.conditional import choose
 from pdserve.router.ring import WorkerRing
 from pdserve.router.view import ClusterView, WorkerView
 
@@ -60,7 +68,7 @@ class _Decode:
         # Above the pool's size the order still counts: an overbooked pool may promise more than it has.
         free = pool / (pool + worker.promised_blocks + self.request.promise_blocks)
         calm = 1.0 - worker.load.context_tokens / self.most_context
-        held = _cached_tokens(worker, self.request) / max(1, self.request.prompt_tokens)
+        held = self.request.cached_tokens(worker.worker) / max(1, self.request.prompt_tokens)
         return 0.5 * free + 0.25 * calm + 0.25 * held
 
     def tie(self, worker: WorkerId) -> bytes:
@@ -93,13 +101,14 @@ class HybridPolicy:
         self._ring = WorkerRing(())
 
     def place(self, view: ClusterView, request: PlacementRequest, now: float) -> Placement | None:
-        """Choose the owner, then whom it asks. The owner is last: it can always compute in its own pool."""
+        """Choose the owner, then whom it asks. The owner is last: it can always compute in its own pool, and
+        nobody is asked who costs more."""
         del now  # waits are durations already
         dedicated = any(worker.dedicated for worker in view)
         owner = self._owner(view, request, dedicated)
         if owner is None:
             return None
-        return _placement(owner, self._prefill_order(view, owner, request, dedicated), view, request)
+        return _placement(owner, self._candidates(view, owner, request, dedicated), view, request)
 
     def _owner(self, view: ClusterView, request: PlacementRequest, dedicated: bool) -> WorkerView | None:
         most_context = max([1, *(worker.load.context_tokens for worker in view if worker.decodes)])
@@ -112,18 +121,18 @@ class HybridPolicy:
         ranked = rank(profile, view)
         return view[ranked[0].worker] if ranked else None
 
-    def _prefill_order(
+    def _candidates(
         self, view: ClusterView, owner: WorkerView, request: PlacementRequest, dedicated: bool
-    ) -> tuple[WorkerId, ...]:
-        """Candidates for `owner`, best first; itself is among them exactly once."""
-        itself = owner.worker
-        tail = request.prompt_tokens <= BLOCK_TOKENS
+    ) -> PrefillChoice:
+        """Whom `owner` asks, best first; the last one is itself."""
+        held = request.held_blocks(owner.worker) >= hit_limit(request.prompt_tokens)
         aggregated = owner.record.prefills and not dedicated
-        if tail or aggregated or self._disaggregation is Disaggregation.NEVER:
-            return (itself,)
-        others = tuple(ranked.worker for ranked in self._prefill(view, owner, request))
-        holds_all = request.depths.get(itself, 0) >= hit_limit(request.prompt_tokens)
-        return (itself, *others) if holds_all else (*others, itself)
+        if held or aggregated:
+            return PrefillChoice((owner.worker,))
+        others = [view[ranked.worker] for ranked in self._prefill(view, owner, request)]
+        if not others:
+            return PrefillChoice((owner.worker,))
+        return choose(self._disaggregation, owner, others, request)
 
     def _prefill(self, view: ClusterView, owner: WorkerView, request: PlacementRequest) -> tuple[Ranked, ...]:
         needed = blocks_for(request.prompt_tokens - 1)
@@ -146,20 +155,16 @@ class HybridPolicy:
 
 
 def _placement(
-    owner: WorkerView, prefill: tuple[WorkerId, ...], view: ClusterView, request: PlacementRequest
+    owner: WorkerView, choice: PrefillChoice, view: ClusterView, request: PlacementRequest
 ) -> Placement:
-    first = view[prefill[0]]
-    new = max(0, request.prompt_tokens - _cached_tokens(first, request))
-    return Placement(owner.worker, prefill, new, _service_s(first, request))
-
-
-def _cached_tokens(worker: WorkerView, request: PlacementRequest) -> int:
-    depth = min(request.depths.get(worker.worker, 0), hit_limit(request.prompt_tokens))
-    return depth * BLOCK_TOKENS
+    first = view[choice.candidates[0]]
+    new = request.prompt_tokens - request.cached_tokens(first.worker)
+    service = _service_s(first, request)
+    return Placement(owner.worker, choice.candidates, new, service, choice.local, choice.handoff)
 
 
 def _service_s(worker: WorkerView, request: PlacementRequest) -> float:
-    cached = _cached_tokens(worker, request)
+    cached = request.cached_tokens(worker.worker)
     return worker.service_s(request.prompt_tokens - cached, cached)
 
 
