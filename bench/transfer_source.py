@@ -4,25 +4,29 @@ import asyncio
 import multiprocessing
 from multiprocessing.connection import Connection
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+import uvloop
 
+from pdserve.bench.nixl_pair import NixlPeer, NixlPool
+from pdserve.core.errors import Unavailable
 from pdserve.kvtransfer.native import load_kernel
 from pdserve.kvtransfer.pool.layout import KvLayout
 from pdserve.kvtransfer.pool.storage import KvStorage
-from pdserve.kvtransfer.transports.base import Grant, Offer
+from pdserve.kvtransfer.transports.base import Exporter, Grant, Offer
 from pdserve.kvtransfer.transports.ladder import make_exporters
 
 GENERATION = 1
 TIMEOUT_S = 60.0
 
 
-def fill(blocks: NDArray[np.uint8]) -> None:
-    """The bytes of a source pool, [n, block_bytes]: no two words are equal."""
-    words = blocks.reshape(-1).view(np.uint32)
+def fill(storage: KvStorage) -> None:
+    """The bytes of a source pool: no two words are equal, and equal pools have equal bytes."""
+    words = storage.bytes_view.reshape(-1).view(np.uint32)
     words[:] = np.arange(words.size, dtype=np.uint32)
+    storage.generations[:] = GENERATION
 
 
 class TransferSource:
@@ -39,12 +43,19 @@ class TransferSource:
         self.offers: tuple[Offer, ...] = self._pipe.recv()
 
     def serve(self, transport: str, grant: Grant) -> None:
-        """Have the grant carried out; returns at once."""
-        self._pipe.send((transport, grant))
+        """Have the grant carried out; returns when P knows it."""
+        self._ask("serve", transport, grant)
 
     def join_gloo(self, port: int, num_bytes: int) -> None:
         """Be the other side of a GlooAsker; returns at once."""
-        self._pipe.send(("gloo", (port, num_bytes)))
+        self._ask("gloo", port, num_bytes)
+
+    def join_nixl(self, reader: NixlPeer) -> NixlPeer:
+        """Be the other side of a NixlPool. Raises Unavailable where NIXL does not work there."""
+        answer = self._ask("nixl", reader)
+        if not isinstance(answer, NixlPeer):
+            raise Unavailable(str(answer))
+        return answer
 
     def __enter__(self) -> "TransferSource":
         return self
@@ -58,36 +69,80 @@ class TransferSource:
             self._process.kill()
             self._process.join()
 
+    def _ask(self, kind: str, *work: Any) -> Any:
+        try:
+            self._pipe.send((kind, work))
+            return self._pipe.recv()
+        except (EOFError, OSError) as error:
+            raise Unavailable(
+                "the other process of the benchmark has ended: see what it wrote to stderr"
+            ) from error
+
 
 def _main(pipe: Connection, layout: KvLayout, num_blocks: int, transports: tuple[str, ...]) -> None:
     torch.set_num_threads(1)
     load_kernel()
-    asyncio.run(_serve(pipe, layout, num_blocks, transports))
+    uvloop.run(_serve(pipe, layout, num_blocks, transports))
 
 
 async def _serve(pipe: Connection, layout: KvLayout, num_blocks: int, transports: tuple[str, ...]) -> None:
     """Until the other end of the pipe is closed."""
     storage = KvStorage(layout, num_blocks)
-    fill(storage.bytes_view)
-    storage.generations[:] = GENERATION
+    fill(storage)
     exporters = {
         exporter.transport: exporter for exporter in make_exporters(storage, transports, timeout_s=TIMEOUT_S)
     }
     for exporter in exporters.values():
         await exporter.start()
     pipe.send(tuple(exporter.offer() for exporter in exporters.values()))
-    answering: list[asyncio.Future[None]] = []
+    answers = _Answers(storage, exporters)
     while True:
         try:
-            name, work = await asyncio.to_thread(pipe.recv)
+            kind, work = await asyncio.to_thread(pipe.recv)
         except EOFError:
             break
-        if name == "gloo":
-            from pdserve.bench.gloo_pair import answer
-
-            answering.append(asyncio.ensure_future(asyncio.to_thread(answer, *work)))
-        else:
-            await exporters[name].serve(work)
+        pipe.send(await answers.to(kind, *work))
+        await answers.settle()
     for exporter in exporters.values():
         await exporter.close()
     storage.close()
+
+
+class _Answers:
+    """What P does when it is asked."""
+
+    def __init__(self, storage: KvStorage, exporters: dict[str, Exporter]) -> None:
+        self._storage = storage
+        self._exporters = exporters
+        self._serving: asyncio.Future[Any] | None = None
+        self._gloo: list[asyncio.Future[None]] = []
+        self._nixl: NixlPool | None = None
+
+    async def to(self, kind: str, *work: Any) -> Any:
+        """Begin it; the answer for the other side."""
+        match kind:
+            case "serve":
+                transport, grant = work
+                self._serving = asyncio.ensure_future(self._exporters[transport].serve(grant))
+                await asyncio.sleep(0)
+            case "gloo":
+                from pdserve.bench.gloo_pair import answer
+
+                self._gloo.append(asyncio.ensure_future(asyncio.to_thread(answer, *work)))
+            case "nixl":
+                return self._join_nixl(*work)
+        return None
+
+    async def settle(self) -> None:
+        """End what was begun for one answer."""
+        if self._serving is not None:
+            await self._serving
+            self._serving = None
+
+    def _join_nixl(self, reader: NixlPeer) -> NixlPeer | str:
+        try:
+            self._nixl = NixlPool("P", self._storage.bytes_view)
+            self._nixl.know(reader)
+        except Unavailable as error:
+            return error.message
+        return self._nixl.peer
