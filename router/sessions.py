@@ -15,6 +15,7 @@ from pdserve.core.config import SessionConfig
 from pdserve.core.errors import InternalError, Overloaded, WorkerLost, from_foreign
 from pdserve.core.perfmodel import PerfModel
 from pdserve.core.security.tls import ClientTls
+from pdserve.core.tasks import end_task
 from pdserve.core.types import RequestId
 from pdserve.core.worker_record import WorkerLoad, WorkerRecord
 from pdserve.proto import worker_pb2
@@ -119,8 +120,8 @@ class WorkerSession:
                     await self._outbox.join()
         self.state = SessionState.CLOSED
         for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+            # gRPC swallows a cancel that meets the end of a failing call: the next attempt would begin.
+            await end_task(task)
 
     def open(
         self,
