@@ -8,6 +8,7 @@ import grpc
 
 from pdserve.core.errors import from_foreign
 from pdserve.core.lifecycle import Lifecycle
+from pdserve.core.tasks import end_task
 from pdserve.core.types import HandoffId, RequestId
 from pdserve.kvtransfer.handoff import events as ev
 from pdserve.kvtransfer.handoff import instructions as do
@@ -70,12 +71,14 @@ class DecodeAttempt(Shell[DecodeHandoff, pb.DecodeMessage]):
 
     async def _converse(self, channel: grpc.aio.Channel) -> None:
         call = handoff_pb2_grpc.HandoffStub(channel).Handoff()
-        ends = {asyncio.create_task(self._read(call)), asyncio.create_task(self._write(call))}
+        reader, writer = asyncio.create_task(self._read(call)), asyncio.create_task(self._write(call))
         await self.over.wait()
         # The peer gets a moment to read the last words; a call that is cancelled at once may lose them.
-        await asyncio.wait(ends, timeout=self.config.heartbeat_s)
+        await asyncio.wait({reader, writer}, timeout=self.config.heartbeat_s)
         call.cancel()
-        await asyncio.gather(*ends, return_exceptions=True)
+        # Not with the call: a write that waits for its connection would wait for ever.
+        await end_task(writer)
+        await asyncio.gather(reader, return_exceptions=True)
 
     async def _read(self, call: Any) -> None:
         reason = "P ended the stream"

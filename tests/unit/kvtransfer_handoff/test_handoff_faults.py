@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import socket
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
@@ -337,6 +338,22 @@ async def test_nobody_at_the_endpoint_means_lost() -> None:
         assert isinstance(result, NotServed)
         assert result.reason is Outcome.LOST
         assert "UNAVAILABLE" in result.message
+
+
+async def test_a_peer_that_accepts_and_never_answers_keeps_nobody() -> None:
+    """A stopped process: its kernel still takes connections."""
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        async with Rig(config=PATIENT) as rig:
+            ask = rig.ask(PROMPT, remaining_s=0.01)  # over before gRPC has given the connection up
+            async with asyncio.timeout(20):
+                result = await rig.handoffs.fetch(ask, rig.peer(port=mute.getsockname()[1]))
+                assert isinstance(result, NotServed)
+                assert result.reason is Outcome.DEADLINE
+                await rig.handoffs.close()
+            assert rig.handoffs.in_flight() == 0
+            assert empty(rig, ask)
 
 
 async def test_a_draining_worker_rejects() -> None:
