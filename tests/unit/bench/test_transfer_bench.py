@@ -5,49 +5,80 @@ from pathlib import Path
 
 import pytest
 
-from pdserve.bench.transfer import LAYOUT, measure_transfers
+from pdserve.bench import transfer
+from pdserve.bench.figures import Figure, Skipped, Transaction, TransferReport
+from pdserve.bench.transfer import LADDER, LAYOUT, SIZES, measure_transfers
 from pdserve.cli.app import run
-from pdserve.cli.bench_command import parse_size
+from pdserve.cli.bench_transfer_command import parse_size
 from pdserve.core.errors import ConfigError
 from pdserve.core.types import HandoffId
 from pdserve.kvtransfer.transports import shm
-from pdserve.kvtransfer.transports.base import Failed
+from pdserve.kvtransfer.transports.base import TRANSPORT_LADDER, Failed
 
 BLOCK = LAYOUT.block_bytes
+HERE = ("inproc", "shm", "tcp")
 
 
 async def test_each_way_has_a_figure_for_each_size_and_they_add_up() -> None:
-    report = await measure_transfers((BLOCK, 3 * BLOCK - 1), 3, transports=("inproc", "shm", "tcp"))
+    report = await measure_transfers((BLOCK, 3 * BLOCK - 1), 3)
     sizes = (BLOCK, 3 * BLOCK)
-    assert [figure.bytes for figure in report.ceiling] == list(sizes), "rounded up to whole blocks"
+    assert {(f.transport, f.bytes) for f in report.ceiling} == {
+        (copy, size) for copy in ("memcpy", "streaming") for size in sizes
+    }, "rounded up to whole blocks"
+    measured = {figure.transport for figure in report.results}
+    assert measured >= set(HERE)
     assert {(f.transport, f.bytes, f.digest) for f in report.results} == {
-        (name, size, digest) for name in ("shm", "tcp") for size in sizes for digest in (False, True)
+        (name, size, digest) for name in measured for size in sizes for digest in (False, True)
     }
-    assert [(f.transport, f.bytes) for f in report.peers] == [("gloo", size) for size in sizes]
-    assert [skipped.name for skipped in report.skipped] == ["inproc"]
-    ceilings = {figure.bytes: figure.p50_ms for figure in report.ceiling}
+    assert {f.bytes for f in report.peers if f.transport == "gloo"} == set(sizes)
+    assert {(t.transport, t.bytes, t.digest) for t in report.transactions} == {
+        (name, BLOCK, digest) for name in measured - {"inproc"} for digest in (False, True)
+    }, "between processes, of the smallest size"
+    skipped = {skipped.name for skipped in report.skipped}
+    assert set(LADDER) == measured | (skipped & set(LADDER)), "every name of the ladder is accounted for"
+    assert not measured & skipped
+    ceilings = {size: min(f.p50_ms for f in report.ceiling if f.bytes == size) for size in sizes}
     for figure in (*report.ceiling, *report.results, *report.peers):
         assert figure.gb_per_s == pytest.approx(figure.bytes / figure.p50_ms / 1e6)
         assert figure.ratio_to_ceiling == pytest.approx(ceilings[figure.bytes] / figure.p50_ms)
 
 
-def test_the_file_has_what_the_table_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "out.json"
-    assert run(["bench", "transfer", "--size", "64KB", "--rounds", "1", "--json", str(file)]) == 0
+def test_the_file_and_the_chart_have_what_the_table_shows(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = TransferReport("native", 2)
+    report.ceiling.append(Figure("memcpy", BLOCK, False, 10.5, 0.125, 1.0))
+    report.peers.append(Figure("gloo", BLOCK, False, 1.5, 0.875, 0.25))
+    report.results.extend(Figure("shm", BLOCK, digest, 5.5, 0.375, 0.5) for digest in (False, True))
+    report.transactions.extend(Transaction("shm", BLOCK, digest, 2.625) for digest in (False, True))
+    report.skipped.append(Skipped("nccl", "there is no cable"))
+    asked = []
+
+    async def measure(*arguments: object) -> TransferReport:
+        asked.append(arguments)
+        return report
+
+    monkeypatch.setattr(transfer, "measure_transfers", measure)
+    file, drawing = tmp_path / "out.json", tmp_path / "out.svg"
+    arguments = ["bench", "transfer", "--size", "64KB", "--size", "1MB", "--rounds", "2"]
+    assert run([*arguments, "--json", str(file), "--plot", str(drawing)]) == 0
+    assert asked == [((BLOCK, 1 << 20), 2)]
     written = json.loads(file.read_text())
-    assert {key for entry in written["results"] for key in entry} == {
-        "transport",
-        "bytes",
-        "digest",
-        "gb_per_s",
-        "p50_ms",
-        "ratio_to_ceiling",
+    assert written["results"][0] == {
+        "transport": "shm",
+        "bytes": BLOCK,
+        "digest": False,
+        "gb_per_s": 5.5,
+        "p50_ms": 0.375,
+        "ratio_to_ceiling": 0.5,
     }
-    assert written["peers"]
+    assert written["peers"][0].keys() == written["results"][0].keys()
     shown = capsys.readouterr().out
-    for entry in (*written["results"], *written["peers"], *written["ceiling"]):
+    for entry in (*written["results"], *written["peers"], *written["ceiling"], *written["transactions"]):
         assert f"{entry['p50_ms']:.3f}" in shown
-    assert "skipped inproc" in shown
+    assert "skipped nccl: there is no cable" in shown
+    for name in ("shm with digest", "gloo", "memcpy"):
+        assert f"<!-- {name} -->" in drawing.read_text()
 
 
 def test_a_transport_that_fails_is_an_error_and_no_figure(
@@ -59,6 +90,11 @@ def test_a_transport_that_fails_is_an_error_and_no_figure(
     monkeypatch.setattr(shm.ShmImporter, "fetch", fetch)
     assert run(["bench", "transfer", "--size", "64KB", "--rounds", "1"]) == 1
     assert "the cable was cut" in capsys.readouterr().err
+
+
+def test_the_default_sizes_are_the_issues_and_the_ladder_has_every_transport() -> None:
+    assert (SIZES[0], SIZES[-1]) == (64 << 10, 256 << 20)
+    assert set(TRANSPORT_LADDER) <= set(LADDER)
 
 
 @pytest.mark.parametrize(
