@@ -1,4 +1,4 @@
-"""The memory behind a KvPool: a sealed memfd that readers on this host may map, or a device tensor."""
+"""The memory behind a KvPool: a sealed memfd that readers on this host may map, or a GPU's and a memfd."""
 
 import fcntl
 import mmap
@@ -10,9 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pdserve.core.errors import Unavailable
+from pdserve.core.errors import ConfigError, Unavailable
 from pdserve.core.types import BlockId
+from pdserve.kvtransfer.gpu.base import Gpu
+from pdserve.kvtransfer.gpu.cuda import open_gpu
 from pdserve.kvtransfer.native import load_kernel
+from pdserve.kvtransfer.pool.device_blocks import DeviceBlocks
 from pdserve.kvtransfer.pool.header import EXPORTED_OFFSET, TOKEN_BYTES, PoolHeader
 from pdserve.kvtransfer.pool.layout import KvLayout
 
@@ -25,29 +28,45 @@ class KvStorage:
     On the CPU, `tensor`, `bytes_view` and `generations` are views of one memfd (see header.py). It is sealed
     against a change of size, so whoever maps it can never be killed by a missing page, and it has no name in
     the file system, so nothing is left behind by a SIGKILL. Pages are given by the kernel at first touch.
-    On a device, `generations` are in process memory and bytes pass through `read_blocks` and `write_blocks`.
+    On a GPU, `tensor` is one allocation there (`blocks_on_gpu`), the memfd has the generations, and the host
+    sees bytes through `read_blocks` and `write_blocks`.
     """
 
-    def __init__(self, layout: KvLayout, num_blocks: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        layout: KvLayout,
+        num_blocks: int,
+        device: torch.device | str = "cpu",
+        *,
+        gpu: Gpu | None = None,
+    ) -> None:
+        """`gpu`: that of `device`, opened here unless given.
+
+        Raises ConfigError where there is no such device, or what is needed to use it.
+        """
         self.layout = layout
         self.num_blocks = num_blocks
-        self.device = torch.device(device)
+        gpu = gpu or _gpu_of(torch.device(device))
+        self.device = torch.device("cpu") if gpu is None else gpu.device
         self.token = secrets.token_bytes(TOKEN_BYTES)
         self._fd: int | None = None
         self._map: mmap.mmap | None = None
         self._bytes: NDArray[np.uint8] | None = None
         self._tensor: torch.Tensor | None = None
+        self._blocks_on_gpu: DeviceBlocks | None = None
         shape = (num_blocks, *layout.block_shape)
-        if self.device.type != "cpu":
-            self._generations = np.zeros(num_blocks, np.uint64)
-            self._tensor = torch.zeros(shape, dtype=_DTYPES[layout.dtype], device=self.device)
-            return
-        header = PoolHeader(num_blocks, layout.block_bytes, layout.fingerprint(), self.token)
+        header = PoolHeader(
+            num_blocks, layout.block_bytes, layout.fingerprint(), self.token, on_host=gpu is None
+        )
         self._fd = _sealed_memory(header.total_bytes)
         self._map = mmap.mmap(self._fd, header.total_bytes)
         packed = header.pack()
         self._map[: len(packed)] = packed
         self._generations = np.frombuffer(self._map, np.uint64, num_blocks, header.generations_offset)
+        if gpu is not None:
+            self._blocks_on_gpu = DeviceBlocks(gpu, num_blocks, layout.block_bytes)
+            self._tensor = self._blocks_on_gpu.tensor(_DTYPES[layout.dtype], shape)
+            return
         flat = np.frombuffer(self._map, np.uint8, num_blocks * layout.block_bytes, header.blocks_offset)
         self._bytes = flat.reshape(num_blocks, layout.block_bytes)
         self._tensor = torch.frombuffer(
@@ -69,9 +88,24 @@ class KvStorage:
         """[num_blocks, block_bytes] over the same memory; CPU only."""
         if self._bytes is None:
             raise Unavailable(
-                f"KV storage on {self.device} has no mapped bytes (closed, or on a device): use read_blocks"
+                f"KV storage on {self.device} has no mapped bytes (closed, or on a GPU): use read_blocks"
             )
         return self._bytes
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the blocks are in host memory, and open."""
+        return self._bytes is not None
+
+    @property
+    def blocks_on_gpu(self) -> DeviceBlocks | None:
+        """The blocks as a GPU's transports see them; None on the CPU and after close."""
+        return self._blocks_on_gpu
+
+    def settle(self) -> None:
+        """Block until blocks that the engine has computed so far are in memory, for every reader."""
+        if self._blocks_on_gpu is not None:
+            self._blocks_on_gpu.settle()
 
     @property
     def generations(self) -> NDArray[np.uint64]:
@@ -80,7 +114,7 @@ class KvStorage:
 
     @property
     def fd(self) -> int | None:
-        """The memfd, owned by this storage; None on a device and after close."""
+        """The memfd, owned by this storage; None after close."""
         return self._fd
 
     def path_for_peers(self) -> str | None:
@@ -108,10 +142,8 @@ class KvStorage:
         """Copy blocks to `out`, host memory [len(blocks), block_bytes]."""
         if self._bytes is not None:
             copy_rows(self._bytes, blocks, out, range(len(blocks)))
-            return
-        index = torch.tensor(list(blocks), dtype=torch.long, device=self.device)
-        packed = self.tensor.index_select(0, index).contiguous().view(torch.uint8)
-        torch.from_numpy(out).copy_(packed.view(len(blocks), self.layout.block_bytes))
+        else:
+            self._on_gpu().read_into(blocks, out)
 
     def write_blocks(
         self, blocks: Sequence[BlockId], data: NDArray[np.uint8], rows: Sequence[int] | None = None
@@ -123,13 +155,8 @@ class KvStorage:
         chosen = range(len(blocks)) if rows is None else rows
         if self._bytes is not None:
             copy_rows(data, chosen, self._bytes, blocks)
-            return
-        index = torch.tensor(list(blocks), dtype=torch.long, device=self.device)
-        host = torch.from_numpy(data[list(chosen)]).view(_DTYPES[self.layout.dtype])
-        content = host.view(len(blocks), *self.layout.block_shape).to(self.device)
-        self.tensor.index_copy_(0, index, content)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        else:
+            self._on_gpu().write(blocks, data[list(chosen)])
 
     def write_and_digest_blocks(
         self,
@@ -163,8 +190,15 @@ class KvStorage:
             self._map.madvise(mmap.MADV_REMOVE)
         if self._fd is not None:
             os.close(self._fd)
-        self._fd = self._map = self._bytes = self._tensor = None
+        if self._blocks_on_gpu is not None:
+            self._blocks_on_gpu.close()
+        self._fd = self._map = self._bytes = self._tensor = self._blocks_on_gpu = None
         self._generations = np.zeros(self.num_blocks, np.uint64)
+
+    def _on_gpu(self) -> DeviceBlocks:
+        if self._blocks_on_gpu is None:
+            raise Unavailable("this KV storage is closed; make a new one")
+        return self._blocks_on_gpu
 
 
 def copy_rows(
@@ -172,6 +206,15 @@ def copy_rows(
 ) -> None:
     """target[target_rows[i]] = source[rows[i]]; raises IndexError for a row that is not there."""
     load_kernel().copy(source, _index(rows), target, _index(target_rows))
+
+
+def _gpu_of(device: torch.device) -> Gpu | None:
+    """None for the CPU."""
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        raise ConfigError(f"a KV pool is on the cpu or on cuda, not on {device}")
+    return open_gpu(device.index or 0)
 
 
 def _index(numbers: Sequence[int]) -> NDArray[np.int64]:

@@ -81,7 +81,7 @@ def copy_segments(
     )
     if (reason := reason or distrust()) is not None:
         return Copied(reason)
-    digests: list[bytes] | None = [] if grant.digest and storage.fd is not None else None
+    digests: list[bytes] | None = [] if grant.digest and storage.on_host else None
     for start in range(0, len(grant.segments), _BATCH):
         if is_unwanted():
             return Copied("the fetch was given up while it copied")

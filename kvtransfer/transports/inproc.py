@@ -29,7 +29,7 @@ class InprocExporter:
     transport = "inproc"
 
     def __init__(self, storage: KvStorage) -> None:
-        if storage.fd is None:
+        if not storage.on_host:
             raise Unavailable(
                 f"inproc exports a CPU pool that is open, this one is on {storage.device} or closed"
             )

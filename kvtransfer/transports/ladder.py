@@ -1,17 +1,28 @@
 """Which transport a pair uses: the best rung that both allow and that reaches from here."""
 
-from collections.abc import Iterator, Sequence
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from pdserve.core.errors import ConfigError, Unavailable
 from pdserve.core.security.tls import SocketTls
 from pdserve.kvtransfer.pool.storage import KvStorage
 from pdserve.kvtransfer.transports.base import TRANSPORT_LADDER, Exporter, Importer, Offer
+from pdserve.kvtransfer.transports.cuda_ipc import CudaIpcExporter, CudaIpcImporter
 from pdserve.kvtransfer.transports.inproc import InprocExporter, InprocImporter, exporter_here
-from pdserve.kvtransfer.transports.shm import HostIdentity, ShmExporter, ShmImporter, reachable
+from pdserve.kvtransfer.transports.mapped_pool import HostIdentity, reachable
+from pdserve.kvtransfer.transports.shm import ShmExporter, ShmImporter
 from pdserve.kvtransfer.transports.tcp import TcpExporter, TcpImporter
 
+_log = logging.getLogger(__name__)
+
 DEFAULT_TIMEOUT_S = 10.0
+
+_OF_HOST_MEMORY = frozenset({"inproc", "shm"})
+_OF_GPU_MEMORY = frozenset({"cuda_ipc"})
+_MAPPED = frozenset({"cuda_ipc", "shm"})
+"""Through a memfd of P's, so only between processes of one host and user."""
 
 
 class Obstacle(NamedTuple):
@@ -54,18 +65,26 @@ def choose(offers: Sequence[Offer], allowed: Sequence[str], storage: KvStorage) 
 
 
 def _obstacle(transport: str, offer: Offer | None, storage: KvStorage) -> Obstacle | None:
+    if transport in (_OF_HOST_MEMORY if storage.blocks_on_gpu is not None else _OF_GPU_MEMORY):
+        return Obstacle(f"this worker's pool is on {storage.device}", expected=True)
     if offer is None:
         return Obstacle("it is not offered", expected=transport == "inproc")
     if offer.parameters.get("layout") != storage.layout.fingerprint().hex():
         return Obstacle("the offered pool has another block layout", expected=False)
     if transport == "inproc" and exporter_here(offer) is None:
         return Obstacle("the offered pool is in another process", expected=True)
-    if transport == "shm" and offer.parameters.get("boot_id") != HostIdentity.mine().boot_id:
+    return _obstacle_to_mapping(transport, offer) if transport in _MAPPED else None
+
+
+def _obstacle_to_mapping(transport: str, offer: Offer) -> Obstacle | None:
+    if offer.parameters.get("boot_id") != HostIdentity.mine().boot_id:
         return Obstacle("the offered pool is on another host", expected=True)
-    if transport == "shm" and not reachable(offer):
+    if not reachable(offer):
         return Obstacle(
             "the offered pool cannot be mapped: both ends need one user and one pid namespace", expected=False
         )
+    if transport == "cuda_ipc" and offer.parameters.get("pid") == str(os.getpid()):
+        return Obstacle("the offered pool is in this process, and CUDA maps only others' memory", True)
     return None
 
 
@@ -79,6 +98,8 @@ def make_importer(
     """D's half for an offer. Raises Unavailable where it cannot be made (any more)."""
     if offer.transport == "inproc":
         return InprocImporter(storage, offer, timeout_s=timeout_s)
+    if offer.transport == "cuda_ipc":
+        return CudaIpcImporter(storage, offer, timeout_s=timeout_s)
     if offer.transport == "shm":
         return ShmImporter(storage, offer, timeout_s=timeout_s)
     if offer.transport == "tcp":
@@ -98,15 +119,21 @@ def make_exporters(
     """P's halves of all allowed rungs that `storage` can serve, best first, not started yet.
 
     `host` is where tcp listens, `advertise` the address that readers use, where it is another; with `tls` it
-    is encrypted and both ends show certificates.
+    is encrypted and both ends show certificates. A rung that this machine does not have is a line in the log.
     """
     server = None if tls is None else tls.server
+    makers: dict[str, Callable[[], Exporter]] = {
+        "tcp": lambda: TcpExporter(storage, host, advertise=advertise, timeout_s=timeout_s, tls=server)
+    }
+    if storage.on_host:
+        makers |= {"inproc": lambda: InprocExporter(storage), "shm": lambda: ShmExporter(storage)}
+    else:
+        makers |= {"cuda_ipc": lambda: CudaIpcExporter(storage)}
     exporters: list[Exporter] = []
     for rung in ordered(allowed):
-        if rung == "inproc" and storage.fd is not None:
-            exporters.append(InprocExporter(storage))
-        elif rung == "shm" and storage.fd is not None:
-            exporters.append(ShmExporter(storage))
-        elif rung == "tcp":
-            exporters.append(TcpExporter(storage, host, advertise=advertise, timeout_s=timeout_s, tls=server))
+        try:
+            if rung in makers:
+                exporters.append(makers[rung]())
+        except Unavailable as error:
+            _log.warning("kv transfer: %s is not offered: %s", rung, error.message)
     return tuple(exporters)

@@ -15,14 +15,18 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import host_gpu
 import numpy as np
 import pytest
+import torch
 
 from pdserve.core.config import SecurityConfig
+from pdserve.core.errors import ConfigError
 from pdserve.core.security.cluster_tls import WorkerTls
 from pdserve.core.security.dev_certs import make_certificates
 from pdserve.core.security.tls import SocketTls
 from pdserve.core.types import BlockId, HandoffId, OwnerId
+from pdserve.kvtransfer.gpu.cuda import open_gpu
 from pdserve.kvtransfer.pool.layout import KvLayout
 from pdserve.kvtransfer.pool.pool import KvPool
 from pdserve.kvtransfer.pool.storage import KvStorage
@@ -44,7 +48,9 @@ TIMEOUT_S = 20.0
 SHORT_S = 0.3
 HANDOFF = HandoffId("h1")
 UNTOUCHED = 0xA5
-WAYS = ("inproc", "shm", "tcp", "tcp+tls")
+WAYS = ("inproc", "cuda_ipc", "cuda_ipc+host", "shm", "tcp", "tcp+tls")
+"""Rungs, and what they run on: "+tls" with certificates, "+host" on a stand-in for a GPU."""
+ON_GPU = frozenset({"cuda_ipc"})
 
 
 def content(block: int, layout: KvLayout) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -70,15 +76,26 @@ def sockets_of(certificates: Path | None) -> SocketTls | None:
 
 
 def fill(storage: KvStorage) -> None:
-    for block in range(storage.num_blocks):
-        storage.bytes_view[block] = content(block, storage.layout)
+    """P's blocks, as its engine leaves them."""
+    blocks = [BlockId(block) for block in range(storage.num_blocks)]
+    storage.write_blocks(blocks, np.stack([content(block, storage.layout) for block in blocks]))
+    storage.settle()
+
+
+def make_storage(way: str, layout: KvLayout, num_blocks: int) -> KvStorage:
+    """A pool where `way` moves blocks."""
+    transport, _, on = way.partition("+")
+    if transport not in ON_GPU:
+        return KvStorage(layout, num_blocks)
+    return KvStorage(layout, num_blocks, "cuda", gpu=host_gpu.HostGpu() if on == "host" else None)
 
 
 class Source:
     """P as the tests drive it: a filled pool behind one exporter."""
 
-    def __init__(self, transport: str, layout: KvLayout, timeout_s: float, certificates: Path | None) -> None:
-        self.storage = KvStorage(layout, SOURCE_BLOCKS)
+    def __init__(self, way: str, layout: KvLayout, timeout_s: float, certificates: Path | None) -> None:
+        transport = way.partition("+")[0]
+        self.storage = make_storage(way, layout, SOURCE_BLOCKS)
         self.pool = KvPool(layout, SOURCE_BLOCKS, self.storage.generations)
         fill(self.storage)
         (self.exporter,) = make_exporters(
@@ -108,12 +125,12 @@ class Source:
 
 
 def child_main(
-    pipe: Connection, transport: str, layout: KvLayout, timeout_s: float, certificates: Path | None
+    pipe: Connection, way: str, layout: KvLayout, timeout_s: float, certificates: Path | None
 ) -> None:
     """P in a process of its own: (id, action, argument) in, (id, result) out."""
 
     async def run() -> None:
-        source = Source(transport, layout, timeout_s, certificates)
+        source = Source(way, layout, timeout_s, certificates)
         loop = asyncio.get_running_loop()
         tasks: set[asyncio.Task[None]] = set()
 
@@ -196,18 +213,22 @@ class Pair:
 
     def assert_exactly(self, landed: dict[int, int]) -> None:
         """Destination -> source; every other block is as it was."""
-        for block in range(DESTINATION_BLOCKS):
+        for block, found in enumerate(self.blocks()):
             if block in landed:
                 expected = content(landed[block], self.storage.layout)
-                assert np.array_equal(self.storage.bytes_view[block], expected), f"block {block}"
+                assert np.array_equal(found, expected), f"block {block}"
             else:
-                assert (self.storage.bytes_view[block] == UNTOUCHED).all(), f"block {block} was written"
+                assert (found == UNTOUCHED).all(), f"block {block} was written"
+
+    def blocks(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """What is in D's pool now; a copy."""
+        return self.storage.read_blocks([BlockId(block) for block in range(DESTINATION_BLOCKS)])
 
 
 @contextlib.asynccontextmanager
-async def meet(transport: str, place: str, dtype: str, timeout_s: float) -> AsyncIterator[Pair]:
-    transport, _, way = transport.partition("+")
-    certificates = certificates_of_workers() if way == "tls" else None
+async def meet(way: str, place: str, dtype: str, timeout_s: float) -> AsyncIterator[Pair]:
+    transport, _, on = way.partition("+")
+    certificates = certificates_of_workers() if on == "tls" else None
     layout = KvLayout(num_layers=2, num_kv_heads=3, head_dim=8, dtype=dtype)
     source: Source | Remote
     if place == "child":
@@ -216,17 +237,17 @@ async def meet(transport: str, place: str, dtype: str, timeout_s: float) -> Asyn
         context.set_forkserver_preload(["pdserve.kvtransfer.transports.ladder"])
         ours, theirs = context.Pipe()
         process = context.Process(
-            target=child_main, args=(theirs, transport, layout, timeout_s, certificates), daemon=True
+            target=child_main, args=(theirs, way, layout, timeout_s, certificates), daemon=True
         )
         process.start()
         theirs.close()
         source = Remote(process, ours)
     else:
-        source = Source(transport, layout, timeout_s, certificates)
+        source = Source(way, layout, timeout_s, certificates)
     name, parameters, generations = await source.call("offer")
     offer = Offer(name, parameters)
-    storage = KvStorage(layout, DESTINATION_BLOCKS)
-    storage.bytes_view[:] = UNTOUCHED
+    storage = make_storage(way, layout, DESTINATION_BLOCKS)
+    storage.tensor.view(torch.uint8).fill_(UNTOUCHED)
     importer = make_importer(offer, storage, timeout_s=timeout_s, tls=sockets_of(certificates))
     try:
         yield Pair(transport, source, storage, importer, offer, generations)
@@ -242,38 +263,54 @@ async def meet(transport: str, place: str, dtype: str, timeout_s: float) -> Asyn
         storage.close()
 
 
-@pytest.fixture(params=WAYS)
-def transport(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+def why_not_here(way: str) -> str | None:
+    """What this machine lacks for `way`; None if nothing."""
+    if way not in ON_GPU:
+        return None
+    try:
+        open_gpu(0)
+    except ConfigError as error:
+        return error.message
+    return None
 
 
-@pytest.fixture(params=["inside", "child"])
-def place(request: pytest.FixtureRequest, transport: str) -> str:
-    if request.param == "child":
-        skip_without_processes(transport)
-    return str(request.param)
+WHY_NOT = {way: why_not_here(way) for way in WAYS}
+HERE = tuple(way for way in WAYS if WHY_NOT[way] is None)
+INSIDE = tuple(way for way in HERE if way not in ON_GPU)
+"""P may be in the tests' own process; CUDA maps other processes' memory only."""
+CHILD = tuple(way for way in HERE if way != "inproc")
+"""P may be in another process."""
+MEETINGS = [(way, "inside") for way in INSIDE] + [(way, "child") for way in CHILD]
+
+
+@pytest.fixture(params=MEETINGS, ids=lambda meeting: "-".join(meeting))
+def meeting(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """(way, place)"""
+    return request.param  # type: ignore[no-any-return]
 
 
 @pytest.fixture
-async def pair(transport: str, place: str) -> AsyncIterator[Pair]:
-    async with meet(transport, place, "float32", TIMEOUT_S) as met:
+async def pair(meeting: tuple[str, str]) -> AsyncIterator[Pair]:
+    async with meet(*meeting, "float32", TIMEOUT_S) as met:
         yield met
-
-
-def skip_without_processes(transport: str) -> None:
-    if transport == "inproc":
-        pytest.skip("inproc: both halves are in one process, so there is no child to run P in")
 
 
 def test_every_rung_of_the_ladder_is_in_this_suite() -> None:
     assert {way.partition("+")[0] for way in WAYS} == set(TRANSPORT_LADDER)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_rung_that_is_not_run_here_says_why(way: str) -> None:
+    if WHY_NOT[way] is not None:
+        pytest.skip(f"{way} is not run: {WHY_NOT[way]}")
+    assert way in INSIDE + CHILD
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 async def test_bytes_land_in_their_destinations_and_nowhere_else(
-    transport: str, place: str, dtype: str
+    meeting: tuple[str, str], dtype: str
 ) -> None:
-    async with meet(transport, place, dtype, TIMEOUT_S) as pair:
+    async with meet(*meeting, dtype, TIMEOUT_S) as pair:
         moves = {5: 0, 6: 1, 7: 2, 30: 9, 2: 23, 39: 4, 0: 22}
         fetched, served = await pair.carry_out(pair.grant(list(moves.values()), list(moves)))
         assert isinstance(fetched, Landed), fetched
@@ -291,10 +328,11 @@ async def test_chunks_of_one_handoff_follow_each_other_and_a_partial_block_is_am
     layout = pair.storage.layout
     shape = (layout.segments_per_block, layout.segment_bytes)
     valid = slice(0, 7 * layout.token_bytes)
-    landed = pair.storage.bytes_view[12].reshape(shape)[:, valid]
+    blocks = pair.blocks()
+    landed = blocks[12].reshape(shape)[:, valid]
     assert np.array_equal(landed, content(5, layout).reshape(shape)[:, valid])
     for destination, source in ((10, 3), (11, 4)):
-        assert np.array_equal(pair.storage.bytes_view[destination], content(source, layout))
+        assert np.array_equal(blocks[destination], content(source, layout))
 
 
 async def test_a_grant_without_segments_lands(pair: Pair) -> None:
@@ -322,15 +360,19 @@ async def test_one_stale_block_among_good_ones_fails_the_whole_grant(pair: Pair)
     assert isinstance(landed, Landed), "a failed grant must not spoil the next one"
 
 
+@pytest.mark.parametrize("way", INSIDE)
 async def test_a_source_block_reused_during_the_copy_fails_the_fetch(
-    transport: str, monkeypatch: pytest.MonkeyPatch
+    way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with meet(transport, "inside", "float32", TIMEOUT_S) as pair:
+    async with meet(way, "inside", "float32", TIMEOUT_S) as pair:
         assert isinstance(pair.source, Source)
         pool = pair.source.pool
-        one_sided = transport in ("inproc", "shm")
-        copying = pair.storage if one_sided else pair.source.storage
-        method = "write_blocks" if one_sided else "read_blocks_into"
+        copying, method = {
+            "inproc": (pair.storage, "write_blocks"),
+            "cuda_ipc": (pair.storage.blocks_on_gpu, "scatter"),
+            "shm": (pair.storage, "write_blocks"),
+            "tcp": (pair.source.storage, "read_blocks_into"),
+        }[pair.transport]
         copy = getattr(copying, method)
 
         def copy_while_reused(*arguments: Any) -> None:
@@ -343,11 +385,12 @@ async def test_a_source_block_reused_during_the_copy_fails_the_fetch(
         assert "generation" in fetched.reason
 
 
+@pytest.mark.parametrize("way", INSIDE)
 @pytest.mark.parametrize(
     ("source", "destination"), [(SOURCE_BLOCKS, 0), (-1, 0), (0, DESTINATION_BLOCKS), (0, -1)]
 )
-async def test_blocks_outside_either_pool_are_refused(transport: str, source: int, destination: int) -> None:
-    async with meet(transport, "inside", "float32", SHORT_S) as pair:
+async def test_blocks_outside_either_pool_are_refused(way: str, source: int, destination: int) -> None:
+    async with meet(way, "inside", "float32", SHORT_S) as pair:
         segment = Segment(BlockId(source), 1, BlockId(destination), 16)
         fetched, _ = await pair.carry_out(Grant(HANDOFF, 1, 0, (segment,)))
         assert isinstance(fetched, Failed)
@@ -374,17 +417,18 @@ async def test_a_closed_exporter_fails_every_later_fetch(pair: Pair) -> None:
     pair.assert_exactly({0: 0})
 
 
-async def test_memory_that_was_given_back_is_never_trusted(transport: str) -> None:
-    async with meet(transport, "inside", "float32", TIMEOUT_S) as pair:
+@pytest.mark.parametrize("way", INSIDE)
+async def test_memory_that_was_given_back_is_never_trusted(way: str) -> None:
+    async with meet(way, "inside", "float32", TIMEOUT_S) as pair:
         await pair.source.call("end")
         fetched = await pair.importer.fetch(pair.grant([1], [1]))
         assert isinstance(fetched, Failed)
         pair.assert_exactly({})
 
 
-async def test_a_killed_source_fails_later_fetches(transport: str) -> None:
-    skip_without_processes(transport)
-    async with meet(transport, "child", "float32", TIMEOUT_S) as pair:
+@pytest.mark.parametrize("way", CHILD)
+async def test_a_killed_source_fails_later_fetches(way: str) -> None:
+    async with meet(way, "child", "float32", TIMEOUT_S) as pair:
         assert isinstance(pair.source, Remote)
         assert isinstance((await pair.carry_out(pair.grant([0], [0])))[0], Landed)
         pair.source.signal(signal.SIGKILL)
@@ -411,8 +455,9 @@ async def test_close_ends_outstanding_fetches(pair: Pair) -> None:
     reports = await asyncio.gather(*fetches)
     landed = [n for n, report in enumerate(reports) if isinstance(report, Landed)]
     assert all(isinstance(report, Landed | Failed) for report in reports)
+    blocks = pair.blocks()
     for block in landed:
-        assert np.array_equal(pair.storage.bytes_view[block], content(block, pair.storage.layout))
+        assert np.array_equal(blocks[block], content(block, pair.storage.layout))
     if pair.transport == "tcp":
         assert not landed, "nobody served these grants"
 
@@ -425,12 +470,12 @@ async def test_a_cancelled_fetch_writes_nothing_afterwards(pair: Pair) -> None:
     fetch.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await fetch
-    before = pair.storage.bytes_view.copy()
+    before = pair.blocks()
     other, _ = await pair.carry_out(pair.grant([23], [39], seq=1))
     assert isinstance(other, Landed), other
     await pair.source.call("forget", HANDOFF)
     assert isinstance(await serve, SourceDone | Failed)
-    assert np.array_equal(pair.storage.bytes_view[:39], before[:39])
+    assert np.array_equal(pair.blocks()[:39], before[:39])
 
 
 async def test_a_claim_without_a_grant_gets_nothing() -> None:

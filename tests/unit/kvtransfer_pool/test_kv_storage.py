@@ -64,20 +64,6 @@ def test_blocks_are_read_and_written_wherever_they_lie() -> None:
     storage.close()
 
 
-def test_device_storage_moves_the_same_bytes() -> None:
-    # "meta" would hold no bytes: the device path is run on the CPU by hiding the mapping.
-    storage = KvStorage(layout("bfloat16"), 5)
-    tensor = torch.randn(storage.tensor.shape).to(torch.bfloat16)
-    storage.tensor.copy_(tensor)
-    mapped = storage.read_blocks(ids(3, 1))
-    storage._bytes = None
-    assert np.array_equal(storage.read_blocks(ids(3, 1)), mapped)
-    storage.write_blocks(ids(0, 4), mapped, rows=[1, 0])
-    assert torch.equal(storage.tensor[0], tensor[1])
-    assert torch.equal(storage.tensor[4], tensor[3])
-    storage.close()
-
-
 @pytest.mark.parametrize(
     ("rows", "targets"),
     [([0, 1, 2], [3, 4, 5]), ([5, 4, 3], [0, 1, 2]), ([0, 1, 3, 4], [1, 2, 3, 5]), ([], [])],

@@ -46,7 +46,8 @@ def changed(offer: Offer, **parameters: str) -> Offer:
 
 
 def test_rungs_come_best_first_whatever_the_order_of_the_flags() -> None:
-    assert ordered(["tcp", "inproc", "shm"]) == TRANSPORT_LADDER
+    assert ordered(["tcp", "cuda_ipc", "shm", "inproc"]) == ("inproc", "cuda_ipc", "shm", "tcp")
+    assert ordered(sorted(TRANSPORT_LADDER)) == TRANSPORT_LADDER
     assert accepted("auto") == TRANSPORT_LADDER
     assert accepted("tcp") == ("tcp",)
     with pytest.raises(ConfigError, match="pigeon"):
@@ -102,10 +103,11 @@ async def test_what_was_never_meant_to_work_is_no_fall(offers: dict[str, Offer],
         changed(offers["shm"], boot_id="another host"),
         offers["tcp"],
     ]
-    inproc, shm, tcp = survey(elsewhere, TRANSPORT_LADDER, storage)
-    assert inproc.obstacle == ("the offered pool is in another process", True)
-    assert shm.obstacle == ("the offered pool is on another host", True)
-    assert tcp.obstacle is None
-    _, near, _ = survey([changed(offers["shm"], uid="another user")], TRANSPORT_LADDER, storage)
+    rungs = {rung.transport: rung for rung in survey(elsewhere, TRANSPORT_LADDER, storage)}
+    assert rungs["inproc"].obstacle == ("the offered pool is in another process", True)
+    assert rungs["cuda_ipc"].obstacle == ("this worker's pool is on cpu", True)
+    assert rungs["shm"].obstacle == ("the offered pool is on another host", True)
+    assert rungs["tcp"].obstacle is None
+    (near,) = survey([changed(offers["shm"], uid="another user")], ["shm"], storage)
     assert near.obstacle is not None
     assert not near.obstacle.expected
