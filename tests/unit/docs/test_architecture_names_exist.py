@@ -8,7 +8,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-FOLDERS = ("core", "proto", "client", "cli", "router", "kvtransfer", "workers", "cluster", "tests", "scripts")
+FOLDERS = (
+    "core",
+    "proto",
+    "client",
+    "cli",
+    "bench",
+    "router",
+    "kvtransfer",
+    "workers",
+    "cluster",
+    "tests",
+    "scripts",
+)
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 PAGES = (ARCHITECTURE, *sorted((ROOT / "docs" / "adr").glob("*.md")))
 
