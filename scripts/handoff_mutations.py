@@ -197,6 +197,29 @@ MUTATIONS = (
         "two ranks",
     ),
     Mutation("D does not notice a closed stream", "D", drop(D.RESERVED, ev.StreamClosed)),
+    Mutation(
+        "D waits on in OPEN when its time is over",
+        "D",
+        edit(D.OPEN, ev.StateExpired, next=D.OPEN, do=(), update=unchanged),
+        "a stall",
+    ),
+    Mutation(
+        "D waits on for Released when its time is over",
+        "D",
+        edit(D.VERIFIED, ev.StateExpired, next=D.VERIFIED, do=(), update=unchanged),
+        "a stall",
+    ),
+    Mutation(
+        "D forgets its writers when FETCHING expires",
+        "D",
+        edit(D.FETCHING, ev.StateExpired, update=forget_writers),
+    ),
+    Mutation(
+        "D commits when nobody says Released",
+        "D",
+        edit(D.VERIFIED, ev.StateExpired, next=D.COMMITTED, do=(d.commit,)),
+    ),
+    Mutation("P unpins when FILLING expires", "P", edit(P.FILLING, ev.StateExpired, do=(p.unpin,))),
     Mutation("P answers ok while it fills", "P", lambda rows: RELEASE_FROM_FILLING + rows, "early release"),
     Mutation(
         "P releases under a reader",

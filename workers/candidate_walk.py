@@ -8,6 +8,7 @@ from pdserve.core.clock import Clock
 from pdserve.core.errors import DeadlineExceeded, Overloaded, PdserveError, Unavailable, WorkerLost
 from pdserve.core.types import Incarnation, OwnerId, WorkerId, hit_limit
 from pdserve.core.worker_record import WorkerRecord
+from pdserve.kvtransfer.handoff.ask import PrefixHolder
 from pdserve.kvtransfer.handoff.consumer import (
     Committed,
     DecodeHandoffs,
@@ -15,6 +16,8 @@ from pdserve.kvtransfer.handoff.consumer import (
     HandoffPeer,
     NotServed,
 )
+from pdserve.kvtransfer.handoff.prefix_fetch import PrefixAsk, PrefixFetch
+from pdserve.kvtransfer.handoff.states import Outcome
 from pdserve.kvtransfer.pool.pool import KvPool
 from pdserve.workers.decode_request import DecodeAsk, DecodeRequest, PrefillCandidate
 
@@ -29,12 +32,14 @@ class CandidateWalk:
         record: Callable[[], WorkerRecord],
         pool: KvPool,
         handoffs: DecodeHandoffs,
+        prefixes: PrefixFetch,
         clock: Clock,
         count: Callable[[str], None],
     ) -> None:
         self._record = record
         self._pool = pool
         self._handoffs = handoffs
+        self._prefixes = prefixes
         self._clock = clock
         self._count = count
         self._serial = itertools.count()
@@ -53,7 +58,9 @@ class CandidateWalk:
             request.marks.serving_open = self._clock.now()
             # Never used twice: an earlier attempt of the same request id may still drain its owner's blocks.
             owner = OwnerId(f"handoff/{request.request_id}/{next(self._serial)}")
-            outcome = await self._handoffs.fetch(self._handoff_ask(request.ask, owner), _peer(candidate))
+            further = len(request.ask.candidates) - attempt - 1
+            asked = self._handoff_ask(request.ask, owner, further)
+            outcome = await self._handoffs.fetch(asked, _peer(candidate))
             if isinstance(outcome, Committed):
                 return outcome, attempt
             refusals.append(outcome)
@@ -61,7 +68,23 @@ class CandidateWalk:
             log.info(
                 "request %s: %s did not serve: %s", request.request_id, candidate.worker, outcome.message
             )
+            if outcome.reason is Outcome.DEADLINE:
+                break
         raise _all_refused(refusals)
+
+    async def fetch_prefix(self, request: DecodeRequest) -> None:
+        """Before D itself prefills: what another worker holds, where that is cheaper than to compute it."""
+        ask = request.ask
+        names = ask.chain[: hit_limit(len(ask.token_ids))]
+        asked = PrefixAsk(ask.request_id, ask.token_ids, names, ask.deadline, ask.prefix)
+        request.prefix_fetched(await self._prefixes.fetch(asked))
+
+    def _holder(self, ask: DecodeAsk) -> PrefixHolder | None:
+        """Whom P may fetch from: D knows better than any index what it holds itself."""
+        me, held = self._record(), self._pool.match(ask.chain)
+        if held <= (0 if ask.prefix is None else ask.prefix.blocks):
+            return ask.prefix
+        return PrefixHolder(HandoffPeer(me.worker, me.incarnation, me.endpoint), held)
 
     def _check_deadline(self, ask: DecodeAsk) -> None:
         if ask.deadline is not None and self._clock.now() >= ask.deadline:
@@ -72,13 +95,15 @@ class CandidateWalk:
         limit = hit_limit(len(ask.token_ids))
         return limit == 0 or self._pool.match(ask.chain[:limit]) >= limit
 
-    def _handoff_ask(self, ask: DecodeAsk, owner: OwnerId) -> HandoffAsk:
+    def _handoff_ask(self, ask: DecodeAsk, owner: OwnerId, further: int) -> HandoffAsk:
         return HandoffAsk(
             request_id=ask.request_id,
             token_ids=ask.token_ids,
             chain=ask.chain,
             remaining_s=None if ask.deadline is None else ask.deadline - self._clock.now(),
             owner=owner,
+            further=further,
+            prefix=self._holder(ask),
         )
 
 

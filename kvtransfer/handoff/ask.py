@@ -2,7 +2,15 @@
 
 from dataclasses import dataclass
 
-from pdserve.core.types import BlockName, Incarnation, OwnerId, RequestId, WorkerId, blocks_for, hit_limit
+from pdserve.core.types import (
+    BLOCK_TOKENS,
+    BlockName,
+    Incarnation,
+    OwnerId,
+    RequestId,
+    WorkerId,
+    blocks_for,
+)
 from pdserve.kvtransfer.handoff.states import Outcome
 
 
@@ -16,34 +24,49 @@ class HandoffPeer:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixHolder:
+    """Who holds so many leading blocks of a prompt: a hint, which only its pin makes true."""
+
+    peer: HandoffPeer
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True)
 class HandoffAsk:
     """The KV of a prompt's positions 0 to n-2, wanted in blocks of `owner`.
 
-    The promise for the whole request is taken already. `owner` is fresh for this attempt: what an earlier
-    attempt left in quarantine stays with the earlier one's owner.
+    With `held_only` that of a prefix of whole blocks, all positions of it, which the peer has or rejects.
+    Otherwise the promise for the whole request is taken already. `owner` is fresh for this attempt: what an
+    earlier attempt left in quarantine stays with the earlier one's owner.
     """
 
     request_id: RequestId
     token_ids: tuple[int, ...]
-    """The whole prompt, n tokens; the last one does not travel."""
+    """The whole prompt, n tokens, of which the last one does not travel; or the whole prefix."""
     chain: tuple[BlockName, ...]
-    """Names of the prompt's full blocks."""
+    """Names of its full blocks."""
     remaining_s: float | None
+    """The request's time, None where it has no deadline."""
     owner: OwnerId
+    prefix: PrefixHolder | None = None
+    """Whom the peer may fetch leading blocks from."""
+    held_only: bool = False
+    further: int = 0
+    """Ways to the same KV that are left behind this one: time is kept for them, see state_deadlines.py."""
 
     @property
     def positions(self) -> int:
         """How many positions travel."""
-        return len(self.token_ids) - 1
+        return len(self.token_ids) - (0 if self.held_only else 1)
 
     @property
     def names(self) -> tuple[BlockName, ...]:
         """Names of the full blocks that travel."""
-        return self.chain[: hit_limit(len(self.token_ids))]
+        return self.chain[: self.positions // BLOCK_TOKENS]
 
     @property
     def blocks(self) -> int:
-        """Blocks of the whole prompt, the private one of its last position included."""
+        """Blocks to take: of the whole prompt, the private one of its last position included."""
         return blocks_for(len(self.token_ids))
 
 
@@ -68,6 +91,17 @@ class Committed:
     prefill_worker: WorkerId
     prefill_incarnation: Incarnation
     prefill_pid: int
+    prefix: "FetchedPrefix | None" = None
+    """What P fetched before it computed the rest."""
+
+
+@dataclass(frozen=True, slots=True)
+class FetchedPrefix:
+    """Leading blocks of a prompt that `worker` had and this worker has now, as plain cache."""
+
+    worker: WorkerId
+    blocks: int
+    """Those that moved; what was here already is not among them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,3 +111,5 @@ class NotServed:
     reason: Outcome
     message: str
     retry_after_s: float | None = None
+    held_blocks: int | None = None
+    """To `held_only`, where it was too few: leading blocks that the peer has."""

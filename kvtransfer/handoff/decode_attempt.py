@@ -20,6 +20,7 @@ from pdserve.kvtransfer.handoff.heard import Heard
 from pdserve.kvtransfer.handoff.landing import Landing
 from pdserve.kvtransfer.handoff.patience import Patience
 from pdserve.kvtransfer.handoff.shell import Shell
+from pdserve.kvtransfer.handoff.state_deadlines import StateBound
 from pdserve.kvtransfer.handoff.states import DecodeState, Outcome
 from pdserve.kvtransfer.transports.base import Failed, Grant, Importer, Landed
 from pdserve.proto import handoff_pb2 as pb
@@ -52,6 +53,7 @@ class DecodeAttempt(Shell[DecodeHandoff, pb.DecodeMessage]):
         self._heard = Heard(peer, ask.positions, site.digest_bytes)
         self._patience = Patience(site, ask, self)
         self._importer: Importer | None = None
+        self._connecting: asyncio.Task[None] | None = None
         self._landing: Landing | None = None
         self._fetches: dict[ev.Part, asyncio.Task[Landed | Failed]] = {}
         self._blocks_moved = 0
@@ -62,8 +64,9 @@ class DecodeAttempt(Shell[DecodeHandoff, pb.DecodeMessage]):
         """Open the stream and ask; nothing, where the caller gave up before."""
         if self.ended.is_set():
             return
-        self._site.reservations.expect(self, self._ask.blocks)
-        self._start_timers(self._ask.remaining_s)
+        if not self._ask.held_only:  # which takes blocks at once or never
+            self._site.reservations.expect(self, self._ask.blocks)
+        self._start_timers()
         self.feed(ev.Started())
         self._spawn(self._converse(channel))
 
@@ -135,6 +138,9 @@ class DecodeAttempt(Shell[DecodeHandoff, pb.DecodeMessage]):
     def _heartbeat(self) -> pb.DecodeMessage:
         return wire.pack_decode_heartbeat(self._site.progress() + self.beats)
 
+    def _bound(self) -> StateBound:
+        return self._patience.bound(self.machine, self._entered_at, self._transport)
+
     def _peer_works(self) -> bool:
         return self._heard.working
 
@@ -149,7 +155,7 @@ class DecodeAttempt(Shell[DecodeHandoff, pb.DecodeMessage]):
             case do.SendOpen():
                 self._send(wire.pack_open(self._open_request()))
             case do.Connect():
-                self._spawn(self._connect())
+                self._connecting = self._spawn(self._connect())
             case do.Reserve():
                 self._reserve()
             case do.SendGrant(seq):
@@ -175,7 +181,9 @@ class DecodeAttempt(Shell[DecodeHandoff, pb.DecodeMessage]):
                 self._site.pool.drain(self._ask.owner)
                 self.feed(ev.BlocksFreed())
             case do.Finish(outcome, reason, retry_after_s):
-                self._finish(NotServed(outcome, reason, retry_after_s))
+                rejection = self._heard.rejection
+                held = None if rejection is None else rejection.held_blocks
+                self._finish(NotServed(outcome, reason, retry_after_s, held))
             case _:
                 raise ValueError(f"no instruction of D's: {instruction}")
 
@@ -192,12 +200,14 @@ class DecodeAttempt(Shell[DecodeHandoff, pb.DecodeMessage]):
             layout=site.storage.layout,
             token_ids=ask.token_ids[: ask.positions],
             chain=ask.names,
-            remaining_s=ask.remaining_s,
+            remaining_s=self._patience.longest_s(),
             transports=site.transports,
             digest=site.config.digest,
             decode_worker=record.worker,
             decode_incarnation=record.incarnation,
             prefill_incarnation=self.peer.incarnation,
+            prefix=ask.prefix,
+            held_only=ask.held_only,
         )
 
     async def _connect(self) -> None:
@@ -225,6 +235,9 @@ class DecodeAttempt(Shell[DecodeHandoff, pb.DecodeMessage]):
     def _reserve(self) -> None:
         """Pin the prefix that is here and take all the rest; or take nothing, and ask again."""
         site, ask = self._site, self._ask
+        if ask.held_only:
+            self._reserve_at_once()
+            return
         if self._patience.holds_back(self._transport) or not site.reservations.may_try(self):
             self.feed(ev.ReserveRefused())
             return
@@ -235,6 +248,24 @@ class DecodeAttempt(Shell[DecodeHandoff, pb.DecodeMessage]):
             self.feed(ev.ReserveRefused())
             return
         site.reservations.leave(self)
+        self._reserved(reused)
+
+    def _reserve_at_once(self) -> None:
+        """A prefix fetch never waits: it has its blocks now, overtaking nobody, or it is over."""
+        pool, ask = self._site.pool, self._ask
+        missing = ask.blocks - pool.match(ask.names)
+        reused = None
+        if self._site.reservations.may_take(missing):
+            reused = pool.acquire(ask.owner, ask.names, ask.blocks, reserve=True)
+        if reused is None:
+            self.counters["reservations_refused"] += 1
+            self.feed(ev.ReserveRefused())
+            self.feed(ev.Cancelled(f"no {missing} blocks are to be had now, and a prefix fetch never waits"))
+            return
+        self._reserved(reused)
+
+    def _reserved(self, reused: int) -> None:
+        site, ask = self._site, self._ask
         site.epochs += 1
         table = site.pool.table(ask.owner)
         self._landing = Landing(self.handoff, site.epochs, ask.positions, table, reused, site.storage)
@@ -331,6 +362,7 @@ class DecodeAttempt(Shell[DecodeHandoff, pb.DecodeMessage]):
                 prefill_worker=heard.opened.worker,
                 prefill_incarnation=heard.opened.incarnation,
                 prefill_pid=heard.opened.pid,
+                prefix=heard.filled.prefix,
             )
         )
 
@@ -342,6 +374,8 @@ class DecodeAttempt(Shell[DecodeHandoff, pb.DecodeMessage]):
 
     def _gave_up(self, state: str) -> None:
         self._site.reservations.leave(self)
+        if self._connecting is not None:
+            self._connecting.cancel()  # it writes no block: nothing has to wait for it
 
     def _defect(self, error: Exception) -> None:
         self._log_defect(error)

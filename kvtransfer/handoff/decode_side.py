@@ -264,6 +264,7 @@ def _endings(state: S) -> tuple[Row, ...]:
     return (
         ending(ev.Cancelled, finish(Outcome.CANCELLED, "cancelled"), tell=True),
         ending(ev.DeadlinePassed, finish(Outcome.DEADLINE, "the deadline passed"), tell=True),
+        ending(ev.StateExpired, finish(Outcome.STALLED, "P does not get on"), tell=True),
         ending(ev.Violation, finish(Outcome.PROTOCOL, "P broke the protocol"), tell=True),
         ending(ev.StreamClosed, finish(Outcome.LOST, "the stream closed"), tell=False),
         ending(ev.PeerAborted, finish(Outcome.FAILED, "P gave up"), tell=False),
@@ -345,7 +346,7 @@ ABORTED_ROWS = (
     Row(S.ABORTED, ev.ChunkVerified, S.ABORTED, (), is_checking, note_checked),
     Row(S.ABORTED, ev.ChunkMismatched, S.ABORTED, (), is_checking, note_checked),
     Row(S.ABORTED, ev.Settle, S.DRAINED, (free_blocks,), is_quiet),
-    *_ignored(S.ABORTED, ev.Cancelled, ev.DeadlinePassed, ev.StreamClosed, ev.Violation),
+    *_ignored(S.ABORTED, ev.Cancelled, ev.DeadlinePassed, ev.StateExpired, ev.StreamClosed, ev.Violation),
     *_ignored(S.ABORTED, ev.Connected, ev.ConnectFailed, ev.Opened, ev.Rejected, ev.ChunkReady, ev.Filled),
     *_ignored(S.ABORTED, ev.Released, ev.PeerAborted, ev.SourceFailed),
     Row(S.DRAINED, ev.BlocksFreed, S.RELEASED),

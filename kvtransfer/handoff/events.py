@@ -25,7 +25,16 @@ class StreamClosed:
 
 @dataclass(frozen=True, slots=True)
 class DeadlinePassed:
-    """The handoff's own time ran out."""
+    """The request's time is over: nobody else could serve it either."""
+
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StateExpired:
+    """The present state's time is over: what it waits for does not come, or not in time."""
+
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)

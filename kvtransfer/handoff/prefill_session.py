@@ -2,25 +2,32 @@
 
 import asyncio
 import logging
+import math
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 from pdserve.core.clock import Clock
 from pdserve.core.config import HandoffConfig
 from pdserve.core.errors import from_foreign
 from pdserve.core.lifecycle import Lifecycle
+from pdserve.core.perfmodel import Prediction
 from pdserve.core.types import BLOCK_TOKENS, OwnerId, blocks_for
 from pdserve.core.worker_record import WorkerRecord
 from pdserve.kvtransfer.digest import digest_blocks
 from pdserve.kvtransfer.handoff import events as ev
 from pdserve.kvtransfer.handoff import instructions as do
 from pdserve.kvtransfer.handoff import wire
+from pdserve.kvtransfer.handoff.ask import FetchedPrefix
 from pdserve.kvtransfer.handoff.export_queue import ExportQueue
 from pdserve.kvtransfer.handoff.filler import Filler, FillEstimate, FillProgress
+from pdserve.kvtransfer.handoff.held_filler import HeldFiller
 from pdserve.kvtransfer.handoff.prefill_side import PREFILL_TABLE, PrefillHandoff
+from pdserve.kvtransfer.handoff.prefix_choice import PrefixPlan
+from pdserve.kvtransfer.handoff.prefix_fetch import PrefixAsk, PrefixFetch
 from pdserve.kvtransfer.handoff.shell import Observer, Shell
+from pdserve.kvtransfer.handoff.state_deadlines import AT_ONCE, StateBound, prefill_bound
 from pdserve.kvtransfer.handoff.states import Outcome, PrefillState
 from pdserve.kvtransfer.pool.pool import KvPool
 from pdserve.kvtransfer.pool.storage import KvStorage
@@ -28,6 +35,8 @@ from pdserve.kvtransfer.transports.base import Exporter, Failed, Grant, SourceDo
 from pdserve.proto import handoff_pb2 as pb
 
 _log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -47,6 +56,8 @@ class PrefillSite:
     clock: Clock
     observer: Observer | None
     queue: ExportQueue
+    prefixes: PrefixFetch | None
+    """Brings what another worker holds before a fill; None: it is computed."""
     counters: Counter[str] = field(default_factory=Counter)
 
 
@@ -70,26 +81,54 @@ class PrefillSession(Shell[PrefillHandoff, pb.PrefillMessage]):
         self._blocks = blocks_for(self._tokens)
         self.owner = OwnerId(f"export/{asked.handoff}")
         self._accepted_at = self.clock.now()
+        self._deadline = self._accepted_at + _waits_s(asked.remaining_s, site.config.request_deadline_s)
+        self._fill_estimate = AT_ONCE
         self._filled_at: float | None = None
         self._chunks: list[wire.Chunk] = []
         self._grants: dict[int, tuple[Grant, Exporter]] = {}
         self._progress = FillProgress(0)
-        self._upcoming: asyncio.Task[FillProgress | None] | None = None
+        self._upcoming: asyncio.Task[Any] | None = None
         self._stopping = False
-        self._refusal = Outcome.REJECTED
+        self._refusal: wire.Rejection | None = None
+        self._filler: Filler = HeldFiller() if asked.held_only else site.filler
+        self._fetching_prefix = False
+        self._prefix: FetchedPrefix | None = None
 
-    def start(self, refusal: tuple[Outcome, str] | None) -> None:
-        """Answer Open: no, because of `refusal`, or yes and wait for a share of the pool."""
-        if refusal is not None:
-            self._refusal = refusal[0]
+    def start(self, refusal: wire.Rejection | None) -> None:
+        """Answer Open: no, because of `refusal`, or yes and wait for a share of the pool.
+
+        What is held is pinned here, with its share, or refused: nobody waits for it.
+        """
+        held_only = self._asked.held_only
+        self._refusal = refusal or (self._hold() if held_only else None)
+        if self._refusal is not None:
             self.counters["rejected"] += 1
-            self.feed(ev.Refused(refusal[1]))
+            self.feed(ev.Refused(self._refusal.reason))
             return
-        self._start_timers(self._asked.remaining_s)
+        self._start_timers()
         self.counters["accepted"] += 1
         self.feed(ev.Accepted())
         self._observe(Lifecycle.PREFILL_QUEUED)
-        self._site.queue.enter(self.handoff, self._blocks, lambda: self.feed(ev.Admitted()))
+        if held_only:
+            self.feed(ev.Admitted())
+        else:
+            self._site.queue.enter(self.handoff, self._blocks, lambda: self.feed(ev.Admitted()))
+
+    def _hold(self) -> wire.Rejection | None:
+        """Pin all that is asked for and take its share of the pool; else why not, and nothing is taken."""
+        site, names = self._site, self._asked.chain
+        held = len(site.pool.acquire_prefix(self.owner, names))
+        if held < len(names):
+            site.pool.release(self.owner)
+            worker = site.record().worker
+            said = f"{worker} holds only {held} of {len(names)} blocks"
+            return wire.Rejection(Outcome.REJECTED, said, held_blocks=held)
+        if not site.queue.enter_now(self.handoff, self._blocks):
+            site.pool.release(self.owner)
+            lent, limit = site.queue.lent, site.queue.capacity
+            said = f"{lent} of {limit} blocks are lent to others, {held} are asked for"
+            return wire.Rejection(Outcome.REJECTED, said)
+        return None
 
     def is_late(self, bound_s: float) -> bool:
         """Everything was computed `bound_s` seconds ago, and the reader has not asked for any of it."""
@@ -134,8 +173,11 @@ class PrefillSession(Shell[PrefillHandoff, pb.PrefillMessage]):
 
     def _heartbeat(self) -> pb.PrefillMessage:
         # Only a fill is the engine's work; otherwise it is enough that this loop runs.
-        working = self.machine.state is PrefillState.FILLING
+        working = self.machine.state is PrefillState.FILLING and not self._fetching_prefix
         return wire.pack_prefill_heartbeat(self._site.progress() if working else self.beats)
+
+    def _bound(self) -> StateBound:
+        return prefill_bound(self.machine, self._entered_at, self._deadline, self._fill_estimate)
 
     def _peer_works(self) -> bool:
         return False
@@ -156,8 +198,9 @@ class PrefillSession(Shell[PrefillHandoff, pb.PrefillMessage]):
         match instruction:
             case do.SendOpened():
                 self._send(wire.pack_opened(self._opened_reply()))
-            case do.SendRejected(reason):
-                self._send(wire.pack_rejected(self._refusal, reason, None))
+            case do.SendRejected():
+                assert self._refusal is not None  # it is what the machine was refused with
+                self._send(wire.pack_rejected(self._refusal))
             case do.StartFill():
                 self._spawn(self._fill())
             case do.CancelFill():
@@ -191,6 +234,7 @@ class PrefillSession(Shell[PrefillHandoff, pb.PrefillMessage]):
         site, record = self._site, self._site.record()
         cached = site.pool.match(self._asked.chain)
         estimate = self._estimate(cached)
+        self._fill_estimate = Prediction(estimate.seconds, None)
         offers = [exporter.offer() for exporter in site.exporters.values()]
         return wire.OpenedReply(
             estimate_s=estimate.seconds,
@@ -203,8 +247,12 @@ class PrefillSession(Shell[PrefillHandoff, pb.PrefillMessage]):
         )
 
     def _estimate(self, cached_blocks: int) -> FillEstimate:
+        fetch_s, plan = 0.0, self._plan_prefix()
+        if plan is not None and plan.pays:
+            fetch_s, cached_blocks = plan.fetch_s, plan.blocks
         cached_tokens = cached_blocks * BLOCK_TOKENS
-        return self._site.filler.estimate(self._tokens - cached_tokens, cached_tokens)
+        estimate = self._filler.estimate(self._tokens - cached_tokens, cached_tokens)
+        return replace(estimate, seconds=estimate.seconds + fetch_s)
 
     def _filled_reply(self, chunks: int) -> wire.FilledReply:
         started, ended = self._progress.started_at, self._progress.ended_at
@@ -217,16 +265,39 @@ class PrefillSession(Shell[PrefillHandoff, pb.PrefillMessage]):
             prefill_queue_s=max(0.0, started - self._accepted_at),
             prefill_s=max(0.0, ended - started),
             cached_tokens=self._progress.cached_tokens,
+            prefix=self._prefix,
         )
+
+    # The prefix
+
+    def _prefix_ask(self) -> PrefixAsk:
+        asked = self._asked
+        return PrefixAsk(asked.request, asked.token_ids, asked.chain, self._deadline, asked.prefix)
+
+    def _plan_prefix(self) -> PrefixPlan | None:
+        prefixes = self._site.prefixes
+        return None if prefixes is None or self._asked.held_only else prefixes.plan(self._prefix_ask())
+
+    async def _fetch_prefix(self) -> None:
+        """Before the engine sees the prompt: what another worker holds, where that is cheaper."""
+        prefixes = self._site.prefixes
+        if prefixes is None or self._asked.held_only:
+            return  # who is asked for what is held asks nobody else
+        self._fetching_prefix = True
+        try:
+            self._prefix = await self._unless_stopped(prefixes.fetch(self._prefix_ask()))
+        finally:
+            self._fetching_prefix = False
 
     # The fill
 
     async def _fill(self) -> None:
         """Run the engine to the end, to a stop or to an error; then say that it writes no more."""
-        progress = self._site.filler.fill(self.owner, self._asked.token_ids, self._asked.chain)
+        progress = self._filler.fill(self.owner, self._asked.token_ids, self._asked.chain)
         event: object = ev.PartStopped(0, 0)
         try:
-            while (step := await self._next(progress)) is not None:
+            await self._fetch_prefix()
+            while (step := await self._unless_stopped(_step(progress))) is not None:
                 await self._advance(step)
             if not self._stopping:
                 event = self._fill_ended()
@@ -239,11 +310,13 @@ class PrefillSession(Shell[PrefillHandoff, pb.PrefillMessage]):
             event = ev.PartFailed(0, 0, f"the prefill did not end in order: {from_foreign(error)}")
         self.feed(event)
 
-    async def _next(self, progress: AsyncIterator[FillProgress]) -> FillProgress | None:
-        """The fill's next step; None at its end and when it was told to stop."""
+    async def _unless_stopped(self, work: Coroutine[Any, Any, T | None]) -> T | None:
+        """What `work` returns; None where the fill was told to stop, which cancels it."""
         if self._stopping:
+            work.close()
             return None
-        upcoming = self._upcoming = asyncio.ensure_future(_step(progress))
+        upcoming = asyncio.ensure_future(work)
+        self._upcoming = upcoming
         await asyncio.wait({upcoming})
         return None if upcoming.cancelled() else upcoming.result()
 
@@ -272,7 +345,8 @@ class PrefillSession(Shell[PrefillHandoff, pb.PrefillMessage]):
         self.feed(ev.ChunkComputed())
 
     def _digested(self, chunk: wire.Chunk) -> wire.Chunk:
-        """In a thread: the chunk with its digests, if D wants them."""
+        """In a thread: the chunk, in memory for every reader, with its digests if D wants them."""
+        self._site.storage.settle()
         if not self._asked.digest:
             return chunk
         storage, last = self._site.storage, len(chunk.blocks) - 1
@@ -321,6 +395,13 @@ class PrefillSession(Shell[PrefillHandoff, pb.PrefillMessage]):
             self._break()
         elif not self.machine.terminal:
             self.feed(ev.Cancelled("a defect of P"))
+
+
+def _waits_s(remaining_s: float | None, limit_s: float) -> float:
+    """How long D waits, as far as it said so in a number."""
+    if remaining_s is None or not math.isfinite(remaining_s):
+        return limit_s
+    return max(0.0, remaining_s)
 
 
 async def _step(progress: AsyncIterator[FillProgress]) -> FillProgress | None:

@@ -198,6 +198,7 @@ def _endings(state: S) -> tuple[Row, ...]:
         ending(ev.PeerAborted),
         ending(ev.StreamClosed),
         ending(ev.DeadlinePassed, send_expired),
+        ending(ev.StateExpired, send_abort),
         ending(ev.Cancelled, send_abort),
         ending(ev.Violation, send_abort),
         # In a state without a row of its own above these, such a message is out of order.
@@ -252,7 +253,8 @@ ABORTED_ROWS = (
     Row(S.ABORTED, ev.ServeFailed, S.ABORTED, (), is_serving, note_served),
     Row(S.ABORTED, ev.Settle, S.DRAINED, (unpin,), is_quiet),
     *_ignored(S.ABORTED, ev.ChunkComputed, ev.GrantAsked, ev.ReleaseAsked),
-    *_ignored(S.ABORTED, ev.PeerAborted, ev.StreamClosed, ev.DeadlinePassed, ev.Cancelled, ev.Violation),
+    *_ignored(S.ABORTED, ev.PeerAborted, ev.StreamClosed, ev.Cancelled, ev.Violation),
+    *_ignored(S.ABORTED, ev.DeadlinePassed, ev.StateExpired),
     Row(S.DRAINED, ev.Unpinned, S.RELEASED),
 )
 

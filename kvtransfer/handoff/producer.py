@@ -17,6 +17,7 @@ from pdserve.kvtransfer.handoff.events import Cancelled, StreamClosed
 from pdserve.kvtransfer.handoff.export_queue import ExportQueue
 from pdserve.kvtransfer.handoff.filler import Filler, FillEstimate, FillProgress
 from pdserve.kvtransfer.handoff.prefill_session import PrefillSession, PrefillSite
+from pdserve.kvtransfer.handoff.prefix_fetch import PrefixFetch
 from pdserve.kvtransfer.handoff.shell import Observer
 from pdserve.kvtransfer.handoff.states import Outcome
 from pdserve.kvtransfer.pool.pool import KvPool
@@ -46,9 +47,11 @@ class HandoffServicer(handoff_pb2_grpc.HandoffServicer):
         progress: Callable[[], int],
         clock: Clock,
         observer: Observer | None = None,
+        prefixes: PrefixFetch | None = None,
     ) -> None:
         """`exporters` best rung first. `progress` counts the engine's work; readers suspect a P whose counter
         stands still while it fills, so it has to move also while the engine has nothing that it could run.
+        Without `prefixes` all is computed that this worker does not hold itself.
         """
         share = int(pool.counts().total * config.export_share)
         self._site = PrefillSite(
@@ -62,6 +65,7 @@ class HandoffServicer(handoff_pb2_grpc.HandoffServicer):
             clock=clock,
             observer=observer,
             queue=ExportQueue(max(1, share)),
+            prefixes=prefixes,
         )
         self._sessions: dict[HandoffId, PrefillSession] = {}
         self._lives: set[asyncio.Task[None]] = set()
@@ -70,7 +74,7 @@ class HandoffServicer(handoff_pb2_grpc.HandoffServicer):
     @property
     def counters(self) -> dict[str, int]:
         """Totals since start: accepted, rejected, released_<status>, downgraded, aborted_in_<state>,
-        silent_peers, defects.
+        expired_in_<state>, silent_peers, defects.
         """
         return dict(self._site.counters)
 
@@ -145,12 +149,13 @@ class HandoffServicer(handoff_pb2_grpc.HandoffServicer):
         try:
             asked = wire.unpack_open(first.open)
         except (ValueError, ConfigError) as error:
-            await context.write(wire.pack_rejected(Outcome.SCHEMA, f"Open is not understood: {error}", None))
+            refusal = wire.Rejection(Outcome.SCHEMA, f"Open is not understood: {error}")
+            await context.write(wire.pack_rejected(refusal))
             return
         if asked.handoff in self._sessions:
             # Not even a refused session may share an id: its end would release the other one's blocks.
             reason = f"handoff {asked.handoff} runs already: give every attempt an id of its own"
-            await context.write(wire.pack_rejected(Outcome.REJECTED, reason, None))
+            await context.write(wire.pack_rejected(wire.Rejection(Outcome.REJECTED, reason)))
             return
         session = self._begin(asked, self._refusal(asked))
         reader = asyncio.create_task(_read(messages, session))
@@ -162,7 +167,7 @@ class HandoffServicer(handoff_pb2_grpc.HandoffServicer):
             reader.cancel()
             session.feed(StreamClosed("D left"))
 
-    def _begin(self, asked: wire.OpenRequest, refusal: tuple[Outcome, str] | None) -> PrefillSession:
+    def _begin(self, asked: wire.OpenRequest, refusal: wire.Rejection | None) -> PrefillSession:
         session = self._sessions[asked.handoff] = PrefillSession(self._site, asked)
         task = asyncio.create_task(self._live(session), name=f"export-{asked.handoff}")
         self._lives.add(task)
@@ -177,26 +182,33 @@ class HandoffServicer(handoff_pb2_grpc.HandoffServicer):
             self._site.queue.leave(session.handoff)
             del self._sessions[session.handoff]
 
-    def _refusal(self, asked: wire.OpenRequest) -> tuple[Outcome, str] | None:
+    def _refusal(self, asked: wire.OpenRequest) -> wire.Rejection | None:
         """Why this worker cannot serve that reader; None if it can."""
         record, layout = self._site.record(), self._site.storage.layout
         if asked.prefill_incarnation != record.incarnation:
             was = asked.prefill_incarnation
-            return Outcome.SCHEMA, f"{record.worker} is incarnation {record.incarnation} now, not {was}"
+            return wire.Rejection(
+                Outcome.SCHEMA, f"{record.worker} is incarnation {record.incarnation} now, not {was}"
+            )
         if asked.schema.hex() != record.schema:
-            return Outcome.SCHEMA, f"D serves schema {asked.schema.hex()}, {record.worker} {record.schema}"
+            return wire.Rejection(
+                Outcome.SCHEMA, f"D serves schema {asked.schema.hex()}, {record.worker} {record.schema}"
+            )
         if asked.layout != layout:
-            return Outcome.SCHEMA, f"D keeps {asked.layout}, {record.worker} keeps {layout}"
+            return wire.Rejection(Outcome.SCHEMA, f"D keeps {asked.layout}, {record.worker} keeps {layout}")
         if len(asked.chain) != len(asked.token_ids) // BLOCK_TOKENS or not asked.token_ids:
-            return (
+            return wire.Rejection(
                 Outcome.SCHEMA,
                 f"{len(asked.chain)} names do not fit a prompt of {len(asked.token_ids)} positions",
             )
+        if asked.held_only and len(asked.token_ids) % BLOCK_TOKENS:
+            positions = len(asked.token_ids)
+            return wire.Rejection(Outcome.SCHEMA, f"{positions} positions are no whole blocks to be held")
         if record.draining or self._closed:
-            return Outcome.REJECTED, f"{record.worker} is draining and takes nothing new"
+            return wire.Rejection(Outcome.REJECTED, f"{record.worker} is draining and takes nothing new")
         blocks, limit = blocks_for(len(asked.token_ids)), self.export_blocks
         if blocks > limit:
-            return (
+            return wire.Rejection(
                 Outcome.REJECTED,
                 f"a prompt of {len(asked.token_ids)} positions needs {blocks} blocks, {record.worker} lends "
                 f"at most {limit}: send a shorter prompt, or enlarge engine.pool_blocks or "

@@ -11,8 +11,9 @@ from pdserve.core.clock import Clock
 from pdserve.core.config import HandoffConfig
 from pdserve.core.lifecycle import Lifecycle
 from pdserve.core.types import HandoffId, RequestId
-from pdserve.kvtransfer.handoff.events import DeadlinePassed, StreamClosed
+from pdserve.kvtransfer.handoff.events import StreamClosed
 from pdserve.kvtransfer.handoff.instructions import Instruction
+from pdserve.kvtransfer.handoff.state_deadlines import StateBound
 from pdserve.kvtransfer.handoff.table import Table, Transcript
 from pdserve.kvtransfer.handoff.watch import PeerWatch
 
@@ -21,6 +22,9 @@ _log = logging.getLogger(__name__)
 Observer = Callable[[Lifecycle, Mapping[str, object]], None]
 
 _GIVEN_UP = frozenset({"aborted", "drained"})
+
+_TICK_S = 0.001
+"""The least time to the next look at a bound: what a loop's timer is exact to."""
 
 
 class SideMachine(Protocol):
@@ -72,7 +76,11 @@ class Shell(ABC, Generic[M, Out]):
         self._carrying = False
         self._broken = False
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._deadline: asyncio.TimerHandle | None = None
+        self._entered_at = clock.now()
+        """When the present state began."""
+        self._timed = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._wakes_at = 0.0
 
     @property
     def machine(self) -> M:
@@ -101,6 +109,7 @@ class Shell(ABC, Generic[M, Out]):
         if self.machine.terminal or self._broken:
             self._end_conversation()
             self.ended.set()
+        self._mind_bound()
 
     async def finished(self) -> None:
         """Wait until nothing of this handoff runs any more."""
@@ -123,6 +132,10 @@ class Shell(ABC, Generic[M, Out]):
     @abstractmethod
     def _peer_works(self) -> bool:
         """Whether the peer has work of ours on which it should get on."""
+
+    @abstractmethod
+    def _bound(self) -> StateBound:
+        """The latest moment at which the present, live state may still last; it may move with every event."""
 
     def _gave_up(self, state: str) -> None:
         """The machine left `state` for ABORTED."""
@@ -153,10 +166,10 @@ class Shell(ABC, Generic[M, Out]):
         else:
             self._defect(error)
 
-    def _start_timers(self, remaining_s: float | None) -> None:
-        """The deadline, and heartbeats until the conversation is over."""
-        bound = self.config.request_deadline_s if remaining_s is None else max(0.0, remaining_s)
-        self._deadline = asyncio.get_running_loop().call_later(bound, self.feed, DeadlinePassed())
+    def _start_timers(self) -> None:
+        """The states' bounds, and heartbeats until the conversation is over."""
+        self._timed = True
+        self._mind_bound()
         self._spawn(self._beat())
 
     def _log_defect(self, error: Exception) -> None:
@@ -180,6 +193,8 @@ class Shell(ABC, Generic[M, Out]):
             return
         before = str(self.machine.state)
         instructions = self._transcript.feed(event)
+        if str(self.machine.state) != before:
+            self._entered_at = self.clock.now()
         if before not in _GIVEN_UP and str(self.machine.state) in _GIVEN_UP:
             self.counters[f"aborted_in_{before}"] += 1
             self._gave_up(before)
@@ -193,8 +208,38 @@ class Shell(ABC, Generic[M, Out]):
             return
         self.outbox.put_nowait(None)
         self.over.set()
-        if self._deadline is not None:
-            self._deadline.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _mind_bound(self) -> None:
+        """Wake up when the present state's time is over. A timer that comes too early looks again."""
+        if self.over.is_set() or not self._timed:
+            return
+        at = self._bound().at
+        if self._timer is not None:
+            if self._wakes_at <= at:
+                return
+            self._timer.cancel()
+        self._wakes_at = at
+        delay = max(_TICK_S, at - self.clock.now())
+        self._timer = asyncio.get_running_loop().call_later(delay, self._look)
+
+    def _look(self) -> None:
+        """A timer came: end the state, if its bound has not moved meanwhile."""
+        self._timer = None
+        now, bound = self.clock.now(), self._bound()
+        if not bound.final and now - self._wakes_at > self.config.silence_s / 2:
+            # This process itself was stopped: what the peer said meanwhile is still unread.
+            self._entered_at = now
+            bound = self._bound()
+        if now < bound.at:
+            self._mind_bound()
+            return
+        state = str(self.machine.state)
+        self.counters[f"expired_in_{state}"] += 1
+        expired = bound.passed(state, now)
+        _log.warning("handoff %s of request %s waited %s", self.handoff, self.request, expired.reason)
+        self.feed(expired)
 
     async def _beat(self) -> None:
         while not self.over.is_set():

@@ -64,6 +64,8 @@ class Outcome(StrEnum):
     """P released the blocks before D had them."""
     CORRUPT = "corrupt"
     """Bytes that landed are not what P computed."""
+    STALLED = "stalled"
+    """A state's time was over before the request's: P or the way to it does not get on."""
     DEADLINE = "deadline"
     CANCELLED = "cancelled"
     PROTOCOL = "protocol"

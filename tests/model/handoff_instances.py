@@ -7,13 +7,17 @@ from handoff_pair import Bounds
 
 
 def small(**tables: object) -> dict[str, Instance]:
-    """The four instances, and two that are cheap and hunt for particular faults. Seconds each."""
+    """The four instances, and three that are cheap and hunt for particular faults. Seconds each."""
     one = Bounds(**tables)  # type: ignore[arg-type]
     return {
         "one handoff": Instance("one handoff", one),
         "early release": Instance(
             "a reader that asks for the release too early",
             Bounds(stray_releases=1, **tables),  # type: ignore[arg-type]
+        ),
+        "a stall": Instance(
+            "a peer that stops to get on, in any state, and reads and heartbeats as before",
+            Bounds(stalls=True, **tables),  # type: ignore[arg-type]
         ),
         "three chunks": Instance(
             "three chunks, one of which D may hold already",

@@ -64,6 +64,8 @@ class Pair(NamedTuple):
     """Engine parts that may write P's blocks, whatever the machine believes."""
     stopping: bool
     serves: frozenset[ev.Part]
+    stalled: bool
+    """P lives and reads, and nothing that it does or that is copied from it gets on, until it gives up."""
     stray: int
     """Releases that a broken D may still send whenever it likes."""
 
@@ -89,6 +91,8 @@ class Bounds:
     reuse: tuple[int, ...] = (0,)
     """How many leading chunks D may turn out to hold when it reserves."""
     stray_releases: int = 0
+    stalls: bool = False
+    """Whether P may stop to get on, at any moment."""
     decode_table: Table[DecodeHandoff] = DECODE_TABLE
     prefill_table: Table[PrefillHandoff] = PREFILL_TABLE
     known: dict[tuple[object, object], Any] = field(default_factory=dict, compare=False, repr=False)
@@ -100,7 +104,7 @@ class Bounds:
         nobody: frozenset[ev.Part] = frozenset()
         pair = Pair(
             decode, None, (), (), True, False, False, (NOTHING,) * self.chunks, (EMPTY,) * copies,
-            nobody, nobody, False, 0, nobody, False, nobody, self.stray_releases,
+            nobody, nobody, False, 0, nobody, False, nobody, False, self.stray_releases,
         )  # fmt: skip
         (started,) = self._decode(pair, ev.Started())
         return started.after
@@ -116,6 +120,8 @@ class Bounds:
             yield Step("the sequence ends", FAIR, _tidy(pair._replace(blocks=(NOTHING,) * self.chunks)))
         if pair.prefill is not None and not pair.prefill.terminal:
             yield from self._prefill_steps(pair, pair.prefill)
+            if self.stalls and not pair.stalled:
+                yield Step("P stalls", FAULT, _tidy(pair._replace(stalled=True)))
 
     def _stream(self, pair: Pair) -> Iterator[Step]:
         if pair.to_prefill:
@@ -147,6 +153,7 @@ class Bounds:
         if pair.decode.state not in (DecodeState.ABORTED, DecodeState.DRAINED):
             yield from self._decode(pair, ev.Cancelled(), FAULT)
             yield from self._decode(pair, ev.DeadlinePassed(), FAULT)
+            yield from self._decode(pair, ev.StateExpired(), FAIR if pair.stalled else FAULT)
         if pair.connecting:
             done = pair._replace(connecting=False)
             yield from self._decode(done, ev.Connected())
@@ -157,7 +164,7 @@ class Bounds:
                     yield step._replace(decode_needs=self.chunks)
         for part in pair.writers:
             gone = pair._replace(writers=pair.writers - {part})
-            if pair.pinned:
+            if pair.pinned and not pair.stalled:
                 yield from self._decode(self._copied(gone, part, GOOD), ev.ChunkLanded(*part))
             # A stale source is either noticed by its generation or lands as damage.
             yield from self._decode(self._copied(gone, part, BAD), ev.ChunkLanded(*part), FAULT)
@@ -175,6 +182,9 @@ class Bounds:
         if prefill.state not in (PrefillState.ABORTED, PrefillState.DRAINED):
             yield from self._prefill(pair, ev.Cancelled(), FAULT)
             yield from self._prefill(pair, ev.DeadlinePassed(), FAULT)
+            yield from self._prefill(pair, ev.StateExpired(), FAULT)
+        if pair.stalled:
+            return
         if pair.stray and prefill.state is not PrefillState.OPEN:
             yield from self._prefill(pair._replace(stray=pair.stray - 1), ev.ReleaseAsked(), FAULT)
         if prefill.state is PrefillState.OPEN:
@@ -394,7 +404,7 @@ def _tidy(pair: Pair) -> Pair:
         changes |= {"to_decode": None, "refused": False}
     if pair.prefill is not None and pair.prefill.state is PrefillState.ABORTED:
         pair = _renumber_prefill(pair, pair.prefill)
-        changes["to_prefill"] = None
+        changes |= {"to_prefill": None, "stalled": False}
     if pair.decode.terminal:
         changes |= {"to_decode": None, "connecting": False, "refused": False, "open": False}
     if pair.decode.state in (DecodeState.ABORTED, DecodeState.RELEASED):
@@ -402,7 +412,7 @@ def _tidy(pair: Pair) -> Pair:
     if pair.prefill is None:
         return pair._replace(**changes) if changes else pair
     if pair.prefill.terminal:
-        changes |= {"to_prefill": None, "open": False, "stray": 0}
+        changes |= {"to_prefill": None, "open": False, "stray": 0, "stalled": False}
     if pair.prefill.state is PrefillState.ABORTED or (
         pair.prefill.terminal and pair.prefill.closing is not ReleaseStatus.OK
     ):

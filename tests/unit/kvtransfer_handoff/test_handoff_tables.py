@@ -115,11 +115,18 @@ def test_who_gave_up_ignores_the_peer() -> None:
     """What the exploration takes for granted when it forgets the inbox of such a side."""
     decode = decode_story(*FETCHING, ev.Cancelled()).machine
     assert decode.state is DecodeState.ABORTED
-    for event in (*FROM_P, ev.Cancelled(), ev.DeadlinePassed(), ev.Connected(), ev.ConnectFailed()):
+    for event in (
+        *FROM_P,
+        ev.Cancelled(),
+        ev.DeadlinePassed(),
+        ev.StateExpired(),
+        ev.Connected(),
+        ev.ConnectFailed(),
+    ):
         assert DECODE_TABLE.advance(decode, event) == (decode, ())
     prefill = prefill_story(ev.Accepted(), ev.Admitted(), ev.Cancelled()).machine
     assert prefill.state is PrefillState.ABORTED
-    for event in (*FROM_D, ev.Cancelled(), ev.DeadlinePassed(), ev.ChunkComputed()):
+    for event in (*FROM_D, ev.Cancelled(), ev.DeadlinePassed(), ev.StateExpired(), ev.ChunkComputed()):
         assert PREFILL_TABLE.advance(prefill, event) == (prefill, ())
 
 
