@@ -58,6 +58,14 @@ class Process:
         assert line, f"the process said nothing:\n{self.log.read_text()[-4000:]}"
         return dict(json.loads(line))
 
+    def ask(self, command: dict[str, Any], timeout_s: float = 20.0) -> dict[str, Any]:
+        """Send one line of JSON to a child that takes such, and return its answer."""
+        stdin = self.popen.stdin
+        assert stdin is not None
+        stdin.write(json.dumps(command) + "\n")
+        stdin.flush()
+        return self.next_line(timeout_s)
+
     def kill(self) -> None:
         """SIGKILL and wait."""
         self.popen.kill()
@@ -84,7 +92,9 @@ class BareCluster:
         engine: EngineConfig | None = None,
         handoff: HandoffConfig | None = None,
         session: SessionConfig | None = None,
+        index: IndexConfig | None = None,
     ) -> None:
+        """`index` without a redis_url: that is the cluster's own."""
         self.model = model
         self.dtype = dtype
         self.engine = engine or EngineConfig(pool_blocks=512, chunk_tokens=256)
@@ -93,7 +103,7 @@ class BareCluster:
         self.processes: dict[str, Process] = {}
         self.folder = Path(tempfile.mkdtemp(prefix="pdserve-test-"))
         self.redis = start_redis(None)
-        self.index = IndexConfig(redis_url=self.redis.url, timeout_s=1.0)
+        self.index = dataclasses.replace(index or IndexConfig(timeout_s=1.0), redis_url=self.redis.url)
         self.target = ""
 
     def start_worker(
@@ -120,7 +130,12 @@ class BareCluster:
         return self._spawn(name, module, spec.to_dict(), arguments)
 
     def start_router(self) -> str:
-        """Start the router; returns host:port."""
+        """Start the router and wait for it; returns host:port."""
+        self.spawn_router()
+        return self.await_router()
+
+    def spawn_router(self) -> None:
+        """Start the router and do not wait for it."""
         config = ServeConfig(
             model=self.model,
             dtype=self.dtype,
@@ -130,9 +145,11 @@ class BareCluster:
             index=self.index,
             router=RouterConfig(grpc_port=0, disaggregation="always"),
         )
-        self.target = self._spawn(
-            "router", "pdserve.router", RouterSpec(config=config).to_dict(), ()
-        ).wait_ready()["grpc"]
+        self._spawn("router", "pdserve.router", RouterSpec(config=config).to_dict(), ())
+
+    def await_router(self) -> str:
+        """Wait until the router listens; returns host:port."""
+        self.target = self.processes["router"].wait_ready()["grpc"]
         return self.target
 
     def wait_ready(self, *names: str) -> None:
@@ -189,7 +206,7 @@ class BareCluster:
         environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY / 'src'}:{REPOSITORY / 'tests' / 'support'}"}
         popen = subprocess.Popen(
             [sys.executable, "-m", module, "--config-json", str(configuration), *arguments],
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=handle,
             text=True,
