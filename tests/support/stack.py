@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,7 @@ def tiny_config(model: Path, redis: RedisServer, **changes: Any) -> ServeConfig:
         handoff=HandoffConfig(),
         session=SessionConfig(),
         index=IndexConfig(
-            redis_url=redis.url, cluster=f"t{id(object())}", timeout_s=1.0, heartbeat_s=0.1, ttl_s=3.0
+            redis_url=redis.url, cluster=f"t{uuid.uuid4().hex}", timeout_s=1.0, heartbeat_s=0.1, ttl_s=3.0
         ),
         router=RouterConfig(grpc_port=0, disaggregation="always"),
     )

@@ -5,6 +5,7 @@ Faults come from outside: a wrapped importer, exporter or filler, a cancelled ca
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -52,7 +53,9 @@ from pdserve.proto import handoff_pb2_grpc
 LAYOUT = KvLayout(num_layers=2, num_kv_heads=2, head_dim=4, dtype="float32")
 SCHEMA = b"\x01" * 16
 ROOT = namespace(SCHEMA)
-QUICK = HandoffConfig(heartbeat_s=0.05, silence_s=0.5, request_deadline_s=30.0)
+PATIENT = HandoffConfig(heartbeat_s=0.05, silence_s=20.0, request_deadline_s=30.0)
+QUICK = dataclasses.replace(PATIENT, silence_s=0.5)
+"""For tests of silence alone: a busy machine is silent for as long."""
 
 
 def content(index: int, tokens: Sequence[int]) -> np.ndarray:
@@ -97,6 +100,8 @@ class KnownFiller:
         self.estimate_s: float | None = None
         self.fail_at: int | None = None
         self.stop_at: int | None = None
+        self.begun = asyncio.Event()
+        """The engine is at its first step."""
         self.ended: list[OwnerId] = []
 
     def estimate(self, new_tokens: int, cached_tokens: int) -> FillEstimate:
@@ -115,6 +120,7 @@ class KnownFiller:
             started = clock.now()
             computed, step = cached * BLOCK_TOKENS, 0
             while True:
+                self.begun.set()
                 waiting = self.gates.get(token_ids[0], self.gate)(step)
                 if waiting is not None:
                     await waiting
@@ -315,7 +321,7 @@ class Rig:
         *,
         decode_blocks: int = 32,
         prefill_blocks: int = 32,
-        config: HandoffConfig = QUICK,
+        config: HandoffConfig = PATIENT,
         prefill_config: HandoffConfig | None = None,
         schema: bytes = SCHEMA,
         defects: int = 0,

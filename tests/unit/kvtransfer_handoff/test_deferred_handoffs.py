@@ -2,21 +2,20 @@
 
 import asyncio
 import contextlib
-import dataclasses
+import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
 import pytest
-from handoff_rig import QUICK, Rig
+from handoff_rig import Rig
 
-from pdserve.core.clock import Clock, ManualClock, MonotonicClock
+from pdserve.core.clock import Clock, ManualClock
 from pdserve.core.lifecycle import Lifecycle
 from pdserve.core.perfmodel import PerfModel, TransferRecord
 from pdserve.kvtransfer.handoff.consumer import Committed, HandoffAsk, NotServed
 from pdserve.kvtransfer.handoff.states import Outcome
 
-PATIENT = dataclasses.replace(QUICK, silence_s=20.0)
 PROMPT, OTHER = tuple(range(100, 180)), tuple(range(500, 580))
 """Five blocks each; the pool has eight."""
 
@@ -29,6 +28,19 @@ def taught() -> PerfModel:
         for num_bytes in (1_000, 50_000):
             model.observe_transfer(TransferRecord(1e-4 + num_bytes * 1e-9, num_bytes, "shm"))
     return model
+
+
+class StartedClock(ManualClock):
+    """Moves only when told to, until it is started."""
+
+    _started_at: float | None = None
+
+    def start(self) -> None:
+        self._started_at = time.monotonic()
+
+    def now(self) -> float:
+        ran = 0.0 if self._started_at is None else time.monotonic() - self._started_at
+        return super().now() + ran
 
 
 @dataclass
@@ -66,7 +78,7 @@ async def pressed(
     remaining_s: float | None = None,
 ) -> AsyncIterator[Pressed]:
     loop = asyncio.get_running_loop()
-    rig = Rig(config=PATIENT, decode_blocks=blocks, perf=perf, decode_clock=clock)
+    rig = Rig(decode_blocks=blocks, perf=perf, decode_clock=clock)
     rig.filler.chunk_tokens, rig.filler.estimate_s = 16, estimate_s
     steps: defaultdict[int, asyncio.Future[None]] = defaultdict(loop.create_future)
     held: asyncio.Future[None] = loop.create_future()
@@ -107,14 +119,17 @@ async def test_under_pressure_blocks_are_taken_when_the_fill_nears_its_end() -> 
 
 async def test_with_right_predictions_only_the_last_chunk_is_left_when_the_fill_ends() -> None:
     """The last step waits for D, which has to come by itself: a timer, no word of P's."""
-    async with pressed(perf=taught(), clock=MonotonicClock(), estimate_s=0.3) as at:
+    clock = StartedClock()
+    async with pressed(perf=taught(), clock=clock, estimate_s=0.3) as at:
         landed_at_the_end: list[int] = []
         trail = at.rig.trail
         trail.hooks[Lifecycle.FILLED_SEEN] = lambda facts: landed_at_the_end.append(
             trail.names().count(Lifecycle.CHUNK_LANDED)
         )
-        asyncio.get_running_loop().call_later(0.06, at.step, 0)  # a fifth of the fill
+        clock.advance(0.06)  # a fifth of the fill
+        at.step(0)
         await at.until(lambda: at.deferred == 1)
+        clock.start()
         async with asyncio.timeout(20):
             await trail.wait(Lifecycle.RESERVED)
         assert trail.names().count(Lifecycle.FILLED_SEEN) == 0
@@ -172,9 +187,11 @@ async def test_a_wait_ends_when_there_is_room_for_all() -> None:
 
 
 @pytest.mark.parametrize("end", ["cancel", "the fill breaks", "close", "deadline"])
-async def test_who_gives_up_while_it_waits_leaves_nothing(end: str) -> None:
+async def test_who_gives_up_while_it_waits_leaves_nothing(
+    end: str, leap: Callable[[float], Awaitable[None]]
+) -> None:
     clock = ManualClock()
-    remaining_s = 1.0 if end == "deadline" else None
+    remaining_s = 500.0 if end == "deadline" else None
     async with pressed(perf=taught(), clock=clock, remaining_s=remaining_s) as at:
         clock.advance(200.0)
         at.step(0)
@@ -186,6 +203,9 @@ async def test_who_gives_up_while_it_waits_leaves_nothing(end: str) -> None:
             at.step(1)
         elif end == "close":
             await at.rig.handoffs.close()
+        else:
+            clock.advance(300.0)
+            await leap(500.0)
         (result,) = await asyncio.gather(at.task, return_exceptions=True)
         if end == "cancel":
             assert isinstance(result, asyncio.CancelledError)

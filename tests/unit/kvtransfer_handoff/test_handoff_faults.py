@@ -4,11 +4,11 @@ import asyncio
 import contextlib
 import dataclasses
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
-from handoff_rig import QUICK, HeldExporter, HeldImporter, Rig, Wire
+from handoff_rig import PATIENT, QUICK, HeldExporter, HeldImporter, Rig, Wire
 
 from pdserve.core.lifecycle import Lifecycle
 from pdserve.core.types import BlockId, OwnerId
@@ -17,7 +17,6 @@ from pdserve.kvtransfer.handoff.states import Outcome
 from pdserve.kvtransfer.transports.base import Exporter
 
 PROMPT = tuple(range(100, 170))
-PATIENT = dataclasses.replace(QUICK, silence_s=20.0)
 STATES = ("open", "reserving", "fetching", "verified")
 
 
@@ -38,7 +37,9 @@ class Paused:
 
 
 @contextlib.asynccontextmanager
-async def paused(state: str, transport: str = "shm", *, stubborn: bool = False) -> AsyncIterator[Paused]:
+async def paused(
+    state: str, transport: str = "shm", *, stubborn: bool = False, remaining_s: float | None = None
+) -> AsyncIterator[Paused]:
     rig = Rig(transport, config=PATIENT, decode_blocks=16)
     loop = asyncio.get_running_loop()
     go: asyncio.Future[None] = loop.create_future()
@@ -67,7 +68,7 @@ async def paused(state: str, transport: str = "shm", *, stubborn: bool = False) 
         if state == "reserving":
             assert rig.d.pool.allocate(squatter, 15) is not None
         port = await wire.start(rig.port)
-        ask = rig.ask(PROMPT)
+        ask = rig.ask(PROMPT, remaining_s=remaining_s)
         task = asyncio.create_task(rig.handoffs.fetch(ask, rig.peer(port=port)))
         try:
             await _reached(rig, state)
@@ -85,7 +86,7 @@ async def paused(state: str, transport: str = "shm", *, stubborn: bool = False) 
 async def _reached(rig: Rig, state: str) -> None:
     async with asyncio.timeout(20):
         if state == "open":
-            await rig.prefill_trail.wait(Lifecycle.PREFILL_QUEUED)
+            await rig.filler.begun.wait()
         elif state == "reserving":
             await rig.trail.wait(Lifecycle.FILLED_SEEN)
         elif state == "fetching":
@@ -222,8 +223,7 @@ async def test_a_silent_peer_is_lost_on_both_sides() -> None:
 
 
 async def test_a_peer_that_fills_without_progress_is_lost() -> None:
-    rig = Rig()
-    async with rig:
+    async with Rig(config=QUICK) as rig:
         rig.servicer._site.progress = lambda: 7
         held: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         rig.filler.gate = lambda step: asyncio.shield(held)
@@ -234,24 +234,27 @@ async def test_a_peer_that_fills_without_progress_is_lost() -> None:
         await rig.at_rest()
 
 
-async def test_a_deadline_ends_the_handoff() -> None:
-    async with Rig(config=PATIENT) as rig:
-        held: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        rig.filler.gate = lambda step: asyncio.shield(held)
-        result = await rig.handoffs.fetch(rig.ask(PROMPT, remaining_s=0.1), rig.peer())
+async def test_a_deadline_ends_the_handoff(leap: Callable[[float], Awaitable[None]]) -> None:
+    async with paused("open", remaining_s=25.0) as at:
+        rig = at.rig
+        await leap(25.0)
+        result = await at.give_up()
         assert isinstance(result, NotServed)
         assert result.reason in (Outcome.DEADLINE, Outcome.EXPIRED)  # both sides keep the same deadline
         await rig.at_rest()
         assert rig.filler.ended  # the engine was stopped, not left to compute for nobody
 
 
-async def test_blocks_that_p_let_expire_are_not_used() -> None:
-    brief = dataclasses.replace(PATIENT, request_deadline_s=0.3)
-    rig = Rig(config=PATIENT, prefill_config=brief)
+async def test_blocks_that_p_let_expire_are_not_used(leap: Callable[[float], Awaitable[None]]) -> None:
+    brief = dataclasses.replace(PATIENT, request_deadline_s=15.0)
+    rig = Rig(prefill_config=brief)
     rig.prepare = lambda importer: importer.gate.clear()
     async with rig:
         ask = rig.ask(PROMPT)
-        result = await rig.handoffs.fetch(ask, rig.peer())
+        task = asyncio.create_task(rig.handoffs.fetch(ask, rig.peer()))
+        await rig.trail.wait(Lifecycle.FILLED_SEEN)
+        await leap(15.0)
+        result = await task
         assert isinstance(result, NotServed)
         assert result.reason is Outcome.EXPIRED
         await rig.at_rest()
@@ -273,8 +276,7 @@ async def test_a_reader_that_comes_late_finds_its_prompt_downgraded_to_cache() -
 
 
 async def test_prompts_that_wait_for_their_share_push_out_unread_ones() -> None:
-    quick = dataclasses.replace(PATIENT, heartbeat_s=0.05, silence_s=0.5)
-    async with Rig(config=PATIENT, prefill_config=quick, prefill_blocks=12, decode_blocks=6) as rig:
+    async with Rig(prefill_config=QUICK, prefill_blocks=12, decode_blocks=6) as rig:
         squatter = OwnerId("squatter")
         assert rig.d.pool.allocate(squatter, 6) is not None
         unread = asyncio.create_task(rig.handoffs.fetch(rig.ask(PROMPT), rig.peer()))

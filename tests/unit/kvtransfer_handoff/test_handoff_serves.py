@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 
 import pytest
-from handoff_rig import QUICK, Rig, content
+from handoff_rig import PATIENT, Rig, content
 
 from pdserve.core.errors import InvalidRequest
 from pdserve.core.lifecycle import Lifecycle
@@ -117,7 +117,7 @@ async def test_events_come_in_the_order_of_the_lifecycle() -> None:
 
 
 async def test_without_digests_bytes_are_taken_as_they_come() -> None:
-    async with Rig(config=dataclasses.replace(QUICK, digest=False)) as rig:
+    async with Rig(config=dataclasses.replace(PATIENT, digest=False)) as rig:
         ask = rig.ask(prompt(70))
         assert isinstance(await rig.handoffs.fetch(ask, rig.peer()), Committed)
         rig.assert_content(ask)
@@ -188,7 +188,8 @@ async def test_relieve_is_told_what_somebody_waits_for() -> None:
 
 async def test_waiting_for_memory_is_no_busy_loop() -> None:
     """A failed try gives its prefix back, and that is not news."""
-    async with Rig(decode_blocks=8) as rig:
+    # No heartbeat: each lets who waits try again.
+    async with Rig(decode_blocks=8, config=dataclasses.replace(PATIENT, heartbeat_s=15.0)) as rig:
         first = rig.ask(prompt(40))
         assert isinstance(await rig.handoffs.fetch(first, rig.peer()), Committed)
         rig.d.pool.release(first.owner)  # its two full blocks are cached now

@@ -257,22 +257,22 @@ async def test_clusters_on_one_server_do_not_see_each_other(
     redis_server: RedisServer, link: RedisLink
 ) -> None:
     other = RedisLink(redis_server.url, "other")
-    await RedisIndex(link).add(HOLDER.worker, HOLDER.incarnation, 1, NAMES, "float32")
-    await RedisMembership(link).announce(RECORD, WorkerLoad())
+    await RedisIndex(link, CALM_S, CALM_S).add(HOLDER.worker, HOLDER.incarnation, 1, NAMES, "float32")
+    await RedisMembership(link, timeout_s=CALM_S).announce(RECORD, WorkerLoad())
     assert await RedisIndex(other, CALM_S, CALM_S).dump() == {}
-    assert await RedisMembership(other).members() == ()
+    assert await RedisMembership(other, timeout_s=CALM_S).members() == ()
     await other.close()
 
 
 async def test_every_key_carries_the_clusters_prefix_and_empties_with_it(
     redis_server: RedisServer, link: RedisLink
 ) -> None:
-    await RedisMembership(link).announce(RECORD, WorkerLoad())
-    await RedisIndex(link).add(HOLDER.worker, HOLDER.incarnation, 1, NAMES, "float32")
+    await RedisMembership(link, timeout_s=CALM_S).announce(RECORD, WorkerLoad())
+    await RedisIndex(link, CALM_S, CALM_S).add(HOLDER.worker, HOLDER.incarnation, 1, NAMES, "float32")
     with Redis.from_url(redis_server.url, decode_responses=True) as client:
         assert all(key.startswith("pdserve:{unit}:") for key in client.scan_iter())
-        await RedisMembership(link).withdraw(HOLDER.worker, HOLDER.incarnation)
-        await RedisMembership(link).sweep()
+        await RedisMembership(link, timeout_s=CALM_S).withdraw(HOLDER.worker, HOLDER.incarnation)
+        await RedisMembership(link, timeout_s=CALM_S).sweep()
         assert list(client.scan_iter()) == ["pdserve:{unit}:void:prefill-0"]
 
 
