@@ -29,6 +29,13 @@ class ExportQueue:
         self._waiting[handoff] = (blocks, admit)
         self._admit()
 
+    def enter_now(self, handoff: HandoffId, blocks: int) -> bool:
+        """Lend `blocks` at once, overtaking nobody; False, and nothing is lent, where they have to wait."""
+        if self._waiting or self.lent + blocks > self.capacity:
+            return False
+        self._lent[handoff] = blocks
+        return True
+
     def leave(self, handoff: HandoffId) -> None:
         """Give back what was lent, or stop waiting. Idempotent."""
         self._waiting.pop(handoff, None)

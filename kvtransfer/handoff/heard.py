@@ -16,6 +16,7 @@ class Heard:
         self._positions = positions
         self._digest_bytes = digest_bytes
         self.opened: wire.OpenedReply | None = None
+        self.rejection: wire.Rejection | None = None
         self.filled: wire.FilledReply | None = None
         self.filled_at = 0.0
         """When D read FILLED, seconds on D's clock."""
@@ -32,7 +33,8 @@ class Heard:
             case "opened":
                 return self._hear_opened(wire.unpack_opened(message.opened))
             case "rejected":
-                return ev.Rejected(*wire.unpack_rejected(message.rejected))
+                said = self.rejection = wire.unpack_rejected(message.rejected)
+                return ev.Rejected(said.outcome, said.reason, said.retry_after_s)
             case "chunk":
                 return self._hear_chunk(wire.unpack_chunk(message.chunk, self._digest_bytes))
             case "filled":

@@ -71,6 +71,10 @@ class Reservations:
             self._waiting.setdefault(waiter, 0)
         return first is waiter and not yields
 
+    def may_take(self, blocks: int) -> bool:
+        """Whether `blocks` are there that nobody waits for: for who takes them at once or not at all."""
+        return not self._waiting and self._pool.available() >= self._preempted() + blocks
+
     def wait(self, waiter: Waiter, blocks: int) -> None:
         """The pool could not deliver `blocks`: feed MemoryFreed when it may."""
         self._waiting[waiter] = blocks

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pdserve.core.types import BlockId, BlockName, HandoffId, Incarnation, RequestId, WorkerId
+from pdserve.kvtransfer.handoff.ask import FetchedPrefix, HandoffPeer, PrefixHolder
 from pdserve.kvtransfer.handoff.states import Outcome, ReleaseStatus
 from pdserve.kvtransfer.names import pack_chain, pack_tokens, unpack_chain, unpack_tokens
 from pdserve.kvtransfer.pool.layout import KvLayout
@@ -29,6 +30,19 @@ class OpenRequest:
     decode_worker: WorkerId
     decode_incarnation: Incarnation
     prefill_incarnation: Incarnation
+    prefix: PrefixHolder | None = None
+    held_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """P's no. `outcome` SCHEMA: this pair can never work, REJECTED: it does not now."""
+
+    outcome: Outcome
+    reason: str
+    retry_after_s: float | None = None
+    held_blocks: int | None = None
+    """To held_only, where it was too few: leading blocks that P has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +84,7 @@ class FilledReply:
     prefill_queue_s: float
     prefill_s: float
     cached_tokens: int
+    prefix: FetchedPrefix | None = None
 
 
 # D to P
@@ -98,6 +113,8 @@ def pack_open(request: OpenRequest) -> pb.DecodeMessage:
             decode_worker=request.decode_worker,
             decode_incarnation=request.decode_incarnation,
             prefill_incarnation=request.prefill_incarnation,
+            prefix=None if request.prefix is None else pack_prefix(request.prefix),
+            held_only=request.held_only,
         )
     )
 
@@ -124,7 +141,21 @@ def unpack_open(message: pb.HandoffOpen) -> OpenRequest:
         decode_worker=WorkerId(message.decode_worker),
         decode_incarnation=Incarnation(message.decode_incarnation),
         prefill_incarnation=Incarnation(message.prefill_incarnation),
+        prefix=unpack_prefix(message.prefix) if message.HasField("prefix") else None,
+        held_only=message.held_only,
     )
+
+
+def pack_prefix(holder: PrefixHolder) -> pb.PrefixHolder:
+    peer = holder.peer
+    return pb.PrefixHolder(
+        worker=peer.worker, incarnation=peer.incarnation, endpoint=peer.endpoint, blocks=holder.blocks
+    )
+
+
+def unpack_prefix(message: pb.PrefixHolder) -> PrefixHolder:
+    peer = HandoffPeer(WorkerId(message.worker), Incarnation(message.incarnation), message.endpoint)
+    return PrefixHolder(peer, message.blocks)
 
 
 def pack_grant(grant: Grant, transport: str) -> pb.DecodeMessage:
@@ -182,18 +213,28 @@ def unpack_opened(message: pb.HandoffOpened) -> OpenedReply:
     )
 
 
-def pack_rejected(outcome: Outcome, reason: str, retry_after_s: float | None) -> pb.PrefillMessage:
-    """`outcome` SCHEMA tells D that this pair can never work, REJECTED that it does not now."""
-    rejected = pb.HandoffRejected(reason=reason, retry_after_s=retry_after_s, outcome=outcome.value)
-    return pb.PrefillMessage(rejected=rejected)
+def pack_rejected(rejection: Rejection) -> pb.PrefillMessage:
+    return pb.PrefillMessage(
+        rejected=pb.HandoffRejected(
+            reason=rejection.reason,
+            retry_after_s=rejection.retry_after_s,
+            outcome=rejection.outcome.value,
+            held_blocks=rejection.held_blocks,
+        )
+    )
 
 
-def unpack_rejected(message: pb.HandoffRejected) -> tuple[Outcome, str, float | None]:
+def unpack_rejected(message: pb.HandoffRejected) -> Rejection:
     """Raises ValueError for an outcome that is no rejection."""
     outcome = Outcome(message.outcome)
     if outcome not in _REJECTIONS:
         raise ValueError(f"outcome {message.outcome!r} is not one of {[str(one) for one in _REJECTIONS]}")
-    return outcome, message.reason, message.retry_after_s if message.HasField("retry_after_s") else None
+    return Rejection(
+        outcome,
+        message.reason,
+        message.retry_after_s if message.HasField("retry_after_s") else None,
+        message.held_blocks if message.HasField("held_blocks") else None,
+    )
 
 
 def pack_chunk(chunk: Chunk) -> pb.PrefillMessage:
@@ -237,13 +278,21 @@ def pack_filled(reply: FilledReply) -> pb.PrefillMessage:
             prefill_queue_s=reply.prefill_queue_s,
             prefill_s=reply.prefill_s,
             cached_tokens=reply.cached_tokens,
+            prefix_blocks_fetched=0 if reply.prefix is None else reply.prefix.blocks,
+            prefix_worker="" if reply.prefix is None else reply.prefix.worker,
         )
     )
 
 
 def unpack_filled(message: pb.HandoffFilled) -> FilledReply:
+    fetched = FetchedPrefix(WorkerId(message.prefix_worker), message.prefix_blocks_fetched)
     return FilledReply(
-        message.chunks, message.tokens, message.prefill_queue_s, message.prefill_s, message.cached_tokens
+        chunks=message.chunks,
+        tokens=message.tokens,
+        prefill_queue_s=message.prefill_queue_s,
+        prefill_s=message.prefill_s,
+        cached_tokens=message.cached_tokens,
+        prefix=fetched if fetched.blocks else None,
     )
 
 

@@ -6,6 +6,7 @@ from handoff_rig import LAYOUT
 from pdserve.core.errors import InternalError
 from pdserve.core.types import BlockId, HandoffId, Incarnation, WorkerId
 from pdserve.kvtransfer.handoff import wire
+from pdserve.kvtransfer.handoff.ask import FetchedPrefix
 from pdserve.kvtransfer.handoff.export_queue import ExportQueue
 from pdserve.kvtransfer.handoff.states import Outcome, ReleaseStatus
 from pdserve.kvtransfer.handoff.watch import PeerWatch
@@ -111,18 +112,24 @@ def test_answers_survive_the_wire() -> None:
         cached_blocks=4,
     )
     assert wire.unpack_opened(wire.pack_opened(opened).opened) == opened
-    filled = wire.FilledReply(3, 40, 0.25, 0.5, 16)
-    assert wire.unpack_filled(wire.pack_filled(filled).filled) == filled
+    for prefix in (None, FetchedPrefix(WorkerId("d"), 2)):
+        filled = wire.FilledReply(3, 40, 0.25, 0.5, 16, prefix)
+        assert wire.unpack_filled(wire.pack_filled(filled).filled) == filled
     for status in ReleaseStatus:
         assert wire.unpack_released(wire.pack_released(status).released) is status
 
 
 @pytest.mark.parametrize(
     "rejection",
-    [(Outcome.REJECTED, "busy", 1.5), (Outcome.REJECTED, "full", None), (Outcome.SCHEMA, "other", None)],
+    [
+        wire.Rejection(Outcome.REJECTED, "busy", 1.5),
+        wire.Rejection(Outcome.REJECTED, "full"),
+        wire.Rejection(Outcome.REJECTED, "holds nothing", held_blocks=0),
+        wire.Rejection(Outcome.SCHEMA, "other"),
+    ],
 )
-def test_rejections_survive_the_wire(rejection: tuple[Outcome, str, float | None]) -> None:
-    assert wire.unpack_rejected(wire.pack_rejected(*rejection).rejected) == rejection
+def test_rejections_survive_the_wire(rejection: wire.Rejection) -> None:
+    assert wire.unpack_rejected(wire.pack_rejected(rejection).rejected) == rejection
 
 
 @pytest.mark.parametrize("outcome", ["", "cancelled", "no such"])

@@ -270,5 +270,5 @@ async def test_no_common_transport_is_said() -> None:
 
 
 async def test_a_rejection_carries_when_to_come_back() -> None:
-    result = await lied_to(wire.pack_rejected(Outcome.REJECTED, "busy", 1.5))
+    result = await lied_to(wire.pack_rejected(wire.Rejection(Outcome.REJECTED, "busy", 1.5)))
     assert result == NotServed(Outcome.REJECTED, "busy", 1.5)

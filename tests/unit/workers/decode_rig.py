@@ -8,6 +8,7 @@ import numpy as np
 from pdserve.core.clock import MonotonicClock
 from pdserve.core.config import EngineConfig, SessionConfig
 from pdserve.core.errors import InvalidRequest, PdserveError, Unavailable
+from pdserve.core.perfmodel import PerfModel
 from pdserve.core.types import (
     BlockId,
     Constraint,
@@ -22,12 +23,13 @@ from pdserve.core.types import (
 )
 from pdserve.core.worker_record import WorkerRecord
 from pdserve.kvtransfer.handoff.ask import Committed, HandoffAsk, HandoffPeer, NotServed
+from pdserve.kvtransfer.handoff.prefix_fetch import PrefixFetch
 from pdserve.kvtransfer.handoff.states import Outcome
 from pdserve.kvtransfer.names import chain
 from pdserve.kvtransfer.pool.layout import KvLayout
 from pdserve.kvtransfer.pool.pool import KvPool
 from pdserve.proto import worker_pb2
-from pdserve.workers.decode_request import DecodeAsk, PrefillCandidate
+from pdserve.workers.decode_request import DecodeAsk, DecodeRequest, PrefillCandidate
 from pdserve.workers.decode_role import DecodeRole
 from pdserve.workers.engine.messages import SequenceOutput, SequenceSpec
 from pdserve.workers.seams import ignore
@@ -36,6 +38,7 @@ from pdserve.workers.text_preparation import TextPreparation
 
 POOL_BLOCKS = 32
 HEADROOM = 40
+CHUNK_TOKENS = 64
 ROOT = b"n" * 16
 SEED = 77
 
@@ -104,26 +107,11 @@ class FakeDispatcher:
             self.emit(sequence, 0, (), FinishReason.ABORT)
 
     def preempt(self, sequence: SequenceId, first: int) -> None:
-        """`first` tokens are sampled; the blocks go."""
+        """`first` tokens are sampled; the debt is booked and the blocks go, in the engine's thread."""
         spec = next(spec for spec in self.specs if spec.sequence_id == sequence)
+        assert spec.debt is not None
+        self._pool.raise_promise(spec.debt.owner, spec.debt.blocks(first))
         self._pool.release(spec.owner)
-        self.sinks[sequence](
-            SequenceOutput(
-                sequence_id=sequence,
-                num_computed=0,
-                first_index=first,
-                new_token_ids=(),
-                text="",
-                finish_reason=None,
-                error=None,
-                cached_tokens=0,
-                started_at=0.0,
-                prefill_ended_at=0.0,
-                first_token_at=0.0,
-                preempted=True,
-            )
-        )
-        self._after()
 
     def live(self) -> set[SequenceId]:
         return {spec.sequence_id for spec in self.specs} - self.ended
@@ -170,6 +158,7 @@ class Rig:
         self.handoffs = FakeHandoffs(self.pool, outcomes)
         self.copies: list[tuple[BlockId, BlockId]] = []
         self.engine = FakeDispatcher(self.pool)
+        self.perf = PerfModel()
         record = WorkerRecord(
             worker=WorkerId("decode-0"),
             incarnation=Incarnation("d1"),
@@ -184,6 +173,16 @@ class Rig:
             pool_blocks=pool_blocks,
             role_weight=0.0,
         )
+        self.first_tokens: list[DecodeRequest] = []
+        prefixes = PrefixFetch(
+            record=lambda: record,
+            pool=self.pool,
+            handoffs=self.handoffs,  # type: ignore[arg-type]
+            ways=dict,
+            perf=self.perf,
+            chunk_tokens=CHUNK_TOKENS,
+            clock=MonotonicClock(),
+        )
         self.role = DecodeRole(
             record=lambda: record,
             pool=self.pool,
@@ -191,10 +190,12 @@ class Rig:
             prepare=TextPreparation(self.compile).prepare,
             dispatcher=self.engine,  # type: ignore[arg-type]
             handoffs=self.handoffs,  # type: ignore[arg-type]
+            prefixes=prefixes,
             engine_config=EngineConfig(headroom_tokens=HEADROOM),
             session_config=SessionConfig(reattach_s=reattach_s),
             clock=MonotonicClock(),
             observer=ignore,
+            first_token=self.first_tokens.append,
         )
         self.link = SessionLink("router")
 

@@ -11,8 +11,10 @@ from pdserve.core.clock import MonotonicClock
 from pdserve.core.config import EngineConfig, SessionConfig
 from pdserve.core.errors import ContextTooLong, GrpcCode, WorkerLost
 from pdserve.core.lifecycle import Lifecycle
+from pdserve.core.perfmodel import PerfModel
 from pdserve.core.types import FinishReason, Incarnation, RequestId, Role, SamplingParams, WorkerId
 from pdserve.core.worker_record import WorkerRecord
+from pdserve.kvtransfer.handoff.prefix_fetch import PrefixFetch
 from pdserve.kvtransfer.names import chain
 from pdserve.kvtransfer.pool.layout import KvLayout
 from pdserve.kvtransfer.pool.pool import KvPool
@@ -51,6 +53,15 @@ class Rig:
         self.dispatcher = OutputDispatcher(self.engine)
         self.dispatcher.start()
         self.broken_observer = False
+        prefixes = PrefixFetch(
+            record=lambda: RECORD,
+            pool=self.pool,
+            handoffs=None,  # type: ignore[arg-type]  # nobody is named who holds more
+            ways=dict,
+            perf=PerfModel(),
+            chunk_tokens=64,
+            clock=MonotonicClock(),
+        )
         self.role = DecodeRole(
             record=lambda: RECORD,
             pool=self.pool,
@@ -58,10 +69,12 @@ class Rig:
             prepare=TextPreparation(lambda constraint: None).prepare,
             dispatcher=self.dispatcher,
             handoffs=None,  # type: ignore[arg-type]  # the only candidate is this worker
+            prefixes=prefixes,
             engine_config=EngineConfig(headroom_tokens=64),
             session_config=SessionConfig(reattach_s=reattach_s),
             clock=MonotonicClock(),
             observer=self.observe,
+            first_token=lambda request: None,
         )
         self.link = SessionLink("router")
 
