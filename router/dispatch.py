@@ -15,6 +15,7 @@ from pdserve.proto import inference_pb2, worker_pb2
 from pdserve.router import wire
 from pdserve.router.bookings import Booking, Bookings
 from pdserve.router.policies.base import Placement, PlacementRequest, Policy
+from pdserve.router.policies.prefix_holder import prefix_holder
 from pdserve.router.session_pool import SessionPool
 from pdserve.router.sessions import WorkerSession
 from pdserve.router.status import from_failure
@@ -131,6 +132,7 @@ class Dispatcher:
             placement = self._place(job, asked)
             if placement is None:
                 break
+            self._name_holder(job, placement, depths, message)
             stream = self._open(job, course, placement, message)
             placed = self._clock.now()
             timings = wire.Timings(admitted - job.arrived, located - admitted, placed - located)
@@ -187,6 +189,19 @@ class Dispatcher:
         self._bookings.charge(job.request, booking)
         course.runs_on(session)
         return stream
+
+    def _name_holder(
+        self,
+        job: Job,
+        placement: Placement,
+        depths: Mapping[WorkerId, int],
+        message: worker_pb2.OpenRequest,
+    ) -> None:
+        """Who has what the chosen ones lack; they decide whether to fetch it."""
+        message.ClearField("prefix")
+        held = prefix_holder(self._pool.view(job.workers), depths, placement.prefill)
+        if held is not None:
+            message.prefix.CopyFrom(wire.prefix(self._pool.session(held.worker).record, held.blocks))
 
     async def _chunks(
         self, job: Job, stream: TokenStream, first: worker_pb2.FrameItem, timings: wire.Timings

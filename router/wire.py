@@ -8,7 +8,7 @@ from pdserve.core.types import BlockName, RequestId, SamplingParams
 from pdserve.core.worker_record import WorkerLoad, WorkerRecord
 from pdserve.kvtransfer.index.metered import IndexStats
 from pdserve.kvtransfer.names import pack_chain, pack_tokens
-from pdserve.proto import inference_pb2, worker_pb2
+from pdserve.proto import handoff_pb2, inference_pb2, worker_pb2
 from pdserve.proto.sampling import encode
 from pdserve.router.prompt import Chat, Prompt, TokenIds
 
@@ -56,6 +56,12 @@ def open_request(
 def candidate(record: WorkerRecord) -> worker_pb2.Candidate:
     return worker_pb2.Candidate(
         worker=record.worker, incarnation=record.incarnation, endpoint=record.endpoint
+    )
+
+
+def prefix(record: WorkerRecord, blocks: int) -> handoff_pb2.PrefixHolder:
+    return handoff_pb2.PrefixHolder(
+        worker=record.worker, incarnation=record.incarnation, endpoint=record.endpoint, blocks=blocks
     )
 
 

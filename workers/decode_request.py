@@ -15,7 +15,7 @@ from pdserve.core.types import (
     SequenceId,
 )
 from pdserve.core.worker_record import WorkerRecord
-from pdserve.kvtransfer.handoff.ask import Committed
+from pdserve.kvtransfer.handoff.ask import Committed, FetchedPrefix, PrefixHolder
 from pdserve.proto import inference_pb2, worker_pb2
 from pdserve.workers.choice import Choice
 from pdserve.workers.engine.messages import SequenceOutput
@@ -43,6 +43,8 @@ class DecodeAsk:
     candidates: tuple[PrefillCandidate, ...]
     deadline: float | None
     """On D's clock."""
+    prefix: PrefixHolder | None = None
+    """Who holds the most of the prompt, as the router sees it."""
 
 
 @dataclass(slots=True)
@@ -212,7 +214,14 @@ class DecodeRequest:
         marks.prefill = done.prefill_s
         marks.filled_seen = done.filled_seen_at
         marks.committed = done.committed_at
+        self.prefix_fetched(done.prefix)
         self.cached_tokens = max(done.prefill_cached_tokens, done.blocks_reused * BLOCK_TOKENS)
+
+    def prefix_fetched(self, prefix: FetchedPrefix | None) -> None:
+        """Whoever prefills got so many blocks from another worker; None: it asked nobody, or in vain."""
+        if prefix is not None:
+            self.route.prefix_worker = prefix.worker
+            self.route.prefix_blocks_fetched = prefix.blocks
 
     def prefilled(self, output: SequenceOutput) -> None:
         """D's own prefill is over; nothing happens where that is known, or a handoff brought the KV."""

@@ -31,6 +31,7 @@ from pdserve.core.request_limits import promise_blocks
 from pdserve.core.types import FinishReason, RequestId, SamplingParams
 from pdserve.core.worker_record import WorkerRecord
 from pdserve.kvtransfer.handoff.consumer import DecodeHandoffs
+from pdserve.kvtransfer.handoff.prefix_fetch import PrefixFetch
 from pdserve.kvtransfer.pool.pool import KvPool
 from pdserve.proto import worker_pb2
 from pdserve.proto.sampling import encode_logprobs
@@ -64,6 +65,7 @@ class DecodeRole:
         prepare: Callable[[SamplingParams], Awaitable[object]],
         dispatcher: OutputDispatcher,
         handoffs: DecodeHandoffs,
+        prefixes: PrefixFetch,
         engine_config: EngineConfig,
         session_config: SessionConfig,
         clock: Clock,
@@ -73,7 +75,7 @@ class DecodeRole:
         self._record = record
         self._pool = pool
         self._dispatcher = dispatcher
-        self._candidates = CandidateWalk(record, pool, handoffs, clock, self._count)
+        self._candidates = CandidateWalk(record, pool, handoffs, prefixes, clock, self._count)
         self._runs = ChoiceRuns(pool, copy_blocks, dispatcher, self._on_output)
         self._prepare = prepare
         self._engine_config = engine_config
@@ -221,6 +223,7 @@ class DecodeRole:
         committed, attempt = await self._candidates.walk(request)
         if committed is None:
             request.served_by(self._record(), attempt, self._clock.now())
+            await self._candidates.fetch_prefix(request)
         else:
             request.committed(committed, attempt)
         await self._runs.start(request, committed)
