@@ -2,19 +2,19 @@
 
 A way that is never taken is never measured, and a prediction that was once wrong would stay. So every second
 that the chosen way took earns the other one a small credit in seconds; a decision may go the other way where
-its credit covers what that seems to cost. What exploring costs is thus bounded by a share of all time,
-however wrong the model is or however bad the other way, and cheap requests try first.
+its credit covers what that seems to cost, and then the credit is gone. So exploring costs a bounded share of
+all time, however wrong the model is or however bad the other way, and cheap requests try first.
 """
 
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Final
 
-_SHARE: Final = 0.02
+_SHARE: Final = 0.01
 """Of the time that requests take one way, what may be spent on trying the other."""
 
 _MOST_CREDIT_S: Final = 10.0
-"""Where the other way was not open for a long time, it is not tried for as long afterwards."""
+"""No single request pays more than this for what others learn."""
 
 
 class PrefillPath(StrEnum):
@@ -37,10 +37,8 @@ class Exploration:
     def took(self, path: PrefillPath, seconds: float) -> None:
         """A request took `path` and `seconds` to its first token."""
         for other in PrefillPath:
-            if other is path:
-                self._credit[other] = max(0.0, self._credit[other] - seconds)
-            else:
-                self._credit[other] = min(_MOST_CREDIT_S, self._credit[other] + _SHARE * seconds)
+            earned = min(_MOST_CREDIT_S, self._credit[other] + _SHARE * seconds)
+            self._credit[other] = 0.0 if other is path else earned
 
     def credit_s(self, path: PrefillPath) -> float:
         """What one decision may lose by taking `path`, in seconds."""

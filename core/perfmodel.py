@@ -157,6 +157,12 @@ class PerfModel:
         features = (steps, new_tokens, prefill_attention(new_tokens, cached_tokens), 0, 0, 0)
         return Prediction(_at_least_shortest(self._steps.predict(features)), self._prefill_error.mean)
 
+    def packed_prefill_seconds(self, new_tokens: int, cached_tokens: int, token_budget: int) -> Prediction:
+        """What a prefill adds to steps that compute other prompts, too, up to `token_budget` tokens each."""
+        steps = new_tokens / token_budget
+        features = (steps, new_tokens, prefill_attention(new_tokens, cached_tokens), 0, 0, 0)
+        return Prediction(self._steps.predict(features), self._prefill_error.mean)
+
     def decode_step_seconds(self, batch: int, context: int) -> Prediction:
         """One decode step of `batch` sequences with `context` tokens of context in all; of none, no time."""
         if batch < 0 or context < 0:

@@ -56,6 +56,10 @@ class WorkerLoad:
     queued_prefill_tokens: int = 0
     queued_prefills: int = 0
     """Sequences, running or waiting, that these tokens belong to; all others decode."""
+    prefills: int = 0
+    """Prompts whose computing has begun, since the start."""
+    prefill_busy_s: float = 0.0
+    """Time of the steps that computed prompts, since the start."""
     running: int = 0
     waiting: int = 0
     context_tokens: int = 0

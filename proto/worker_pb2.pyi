@@ -163,7 +163,7 @@ class WorkerHeartbeat(_message.Message):
     def __init__(self, progress: _Optional[int] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
-    __slots__ = ("queued_prefill_tokens", "running", "waiting", "context_tokens", "blocks", "draining", "role_weight", "perf_model", "handoffs", "in_flight", "uptime_s", "preemptions", "transports", "queued_prefills", "ways")
+    __slots__ = ("queued_prefill_tokens", "running", "waiting", "context_tokens", "blocks", "draining", "role_weight", "perf_model", "handoffs", "in_flight", "uptime_s", "preemptions", "transports", "queued_prefills", "ways", "prefills", "prefill_busy_s")
     class PerfModelEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -193,6 +193,8 @@ class WorkerLoad(_message.Message):
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     QUEUED_PREFILLS_FIELD_NUMBER: _ClassVar[int]
     WAYS_FIELD_NUMBER: _ClassVar[int]
+    PREFILLS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_BUSY_S_FIELD_NUMBER: _ClassVar[int]
     queued_prefill_tokens: int
     running: int
     waiting: int
@@ -208,7 +210,9 @@ class WorkerLoad(_message.Message):
     transports: _containers.RepeatedCompositeFieldContainer[_inference_pb2.TransportUse]
     queued_prefills: int
     ways: _containers.ScalarMap[str, str]
-    def __init__(self, queued_prefill_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., context_tokens: _Optional[int] = ..., blocks: _Optional[_Union[_inference_pb2.BlockCounts, _Mapping]] = ..., draining: _Optional[bool] = ..., role_weight: _Optional[float] = ..., perf_model: _Optional[_Mapping[str, float]] = ..., handoffs: _Optional[int] = ..., in_flight: _Optional[int] = ..., uptime_s: _Optional[float] = ..., preemptions: _Optional[int] = ..., transports: _Optional[_Iterable[_Union[_inference_pb2.TransportUse, _Mapping]]] = ..., queued_prefills: _Optional[int] = ..., ways: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    prefills: int
+    prefill_busy_s: float
+    def __init__(self, queued_prefill_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., context_tokens: _Optional[int] = ..., blocks: _Optional[_Union[_inference_pb2.BlockCounts, _Mapping]] = ..., draining: _Optional[bool] = ..., role_weight: _Optional[float] = ..., perf_model: _Optional[_Mapping[str, float]] = ..., handoffs: _Optional[int] = ..., in_flight: _Optional[int] = ..., uptime_s: _Optional[float] = ..., preemptions: _Optional[int] = ..., transports: _Optional[_Iterable[_Union[_inference_pb2.TransportUse, _Mapping]]] = ..., queued_prefills: _Optional[int] = ..., ways: _Optional[_Mapping[str, str]] = ..., prefills: _Optional[int] = ..., prefill_busy_s: _Optional[float] = ...) -> None: ...
 
 class InspectRequest(_message.Message):
     __slots__ = ()

@@ -1,6 +1,7 @@
 """What this router has decided and no worker has reported yet: charged at placement, in one code path."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from pdserve.core.types import RequestId, WorkerId
@@ -17,18 +18,9 @@ class Charge:
     """Prompts to compute."""
     prefill_tokens: int = 0
     prefill_s: float = 0.0
+    """What is left of them now if the worker does one after the other."""
     blocks: int = 0
     """Blocks promised to whole requests: prompt and headroom."""
-
-    def __add__(self, other: "Charge") -> "Charge":
-        return Charge(
-            self.requests + other.requests,
-            self.streams + other.streams,
-            self.prefills + other.prefills,
-            self.prefill_tokens + other.prefill_tokens,
-            self.prefill_s + other.prefill_s,
-            self.blocks + other.blocks,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +75,19 @@ class Bookings:
         for worker in booking.workers:
             self._forget(worker, request)
 
-    def charged(self, worker: WorkerId, since: float | None = None) -> Charge:
+    def charged(self, worker: WorkerId, now: float, since: float | None = None) -> Charge:
         """Everything open on `worker`; with `since`, only what was charged after that moment."""
-        total = Charge()
-        for booking in self._of(worker):
-            if since is None or booking.at > since:
-                total += _share(booking, worker)
-        return total
+        found = [b for b in self._of(worker) if since is None or b.at > since]
+        decodes = [booking for booking in found if booking.decode == worker]
+        prefills = [booking for booking in found if booking.prefill == worker]
+        return Charge(
+            requests=len(found),
+            streams=sum(booking.prefill is None for booking in decodes),
+            prefills=len(prefills),
+            prefill_tokens=sum(booking.prefill_tokens for booking in prefills),
+            prefill_s=_left_s(prefills, now),
+            blocks=sum(booking.blocks for booking in decodes),
+        )
 
     def check_integrity(self) -> None:
         """Raises AssertionError when the two directions of the book disagree."""
@@ -111,14 +109,9 @@ class Bookings:
             del self._by_worker[worker]
 
 
-def _share(booking: Booking, worker: WorkerId) -> Charge:
-    decodes = booking.decode == worker
-    prefills = booking.prefill == worker
-    return Charge(
-        requests=1,
-        streams=int(booking.prefill is None),
-        prefills=int(prefills),
-        prefill_tokens=booking.prefill_tokens if prefills else 0,
-        prefill_s=booking.prefill_s if prefills else 0.0,
-        blocks=booking.blocks if decodes else 0,
-    )
+def _left_s(prefills: Iterable[Booking], now: float) -> float:
+    """Work runs from the moment it is charged, or from the end of what was charged before."""
+    end = -math.inf
+    for booking in sorted(prefills, key=lambda b: b.at):
+        end = max(end, booking.at) + booking.prefill_s
+    return max(0.0, end - now)

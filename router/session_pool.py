@@ -106,15 +106,17 @@ class SessionPool:
         ]
 
     def _view_of(self, session: WorkerSession) -> WorkerView:
-        worker = session.record.worker
+        worker, now = session.record.worker, self._clock.now()
         return WorkerView(
             record=session.record,
             load=session.load,
             perf=session.perf,
             chunk_tokens=self._engine.chunk_tokens,
             token_budget=self._engine.token_budget,
-            charged=self._bookings.charged(worker),
-            fresh=self._bookings.charged(worker, since=session.loaded_at),
+            traffic=session.traffic.now,
+            age_s=now - session.loaded_at,
+            charged=self._bookings.charged(worker, now),
+            fresh=self._bookings.charged(worker, now, since=session.loaded_at),
             suspect=session.suspect,
             export_share=self._export_share,
         )

@@ -23,6 +23,7 @@ from pdserve.proto.connections import connect
 from pdserve.proto.worker_pb2_grpc import WorkerStub
 from pdserve.router import wire
 from pdserve.router.liveness import Liveness
+from pdserve.router.prefill_traffic import PrefillTraffic
 from pdserve.router.token_stream import TokenStream
 
 FIRST_BACKOFF_S = 0.05
@@ -80,6 +81,7 @@ class WorkerSession:
         self.reported = worker_pb2.WorkerLoad()
         """The load as it came, for status pages."""
         self.perf = PerfModel()
+        self.traffic = PrefillTraffic()
         self.loaded_at = clock.now()
         """When `load` arrived, on the router's clock."""
         self.state = SessionState.CONNECTING
@@ -277,6 +279,7 @@ class WorkerSession:
         busy = load.running > 0 or load.queued_prefill_tokens > 0
         self._liveness.beat(load.progress, busy, now)
         self.load, self.reported, self.loaded_at = load, heartbeat.load, now
+        self.traffic.beat(now, load.prefills, load.prefill_busy_s)
         self.record = replace(
             self.record, draining=heartbeat.load.draining, role_weight=heartbeat.load.role_weight
         )

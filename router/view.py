@@ -8,6 +8,7 @@ from pdserve.core.perfmodel import PerfModel
 from pdserve.core.types import BLOCK_TOKENS, WorkerId
 from pdserve.core.worker_record import WorkerLoad, WorkerRecord
 from pdserve.router.bookings import Charge
+from pdserve.router.prefill_traffic import Traffic
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,10 @@ class WorkerView:
     """Share of its pool that it lends to handoffs, see HandoffConfig."""
     token_budget: int = 512
     """Tokens per engine step."""
+    traffic: Traffic = field(default_factory=Traffic)
+    """Prompts that come here, of this and other routers."""
+    age_s: float = 0.0
+    """Since `load` came."""
     colleague: PerfModel | None = None
     """Of another worker of the same model that has measured prefills, where this one has not."""
 
@@ -71,15 +76,49 @@ class WorkerView:
         return max(load.running + load.waiting - load.queued_prefills, self.charged.streams)
 
     @property
-    def prefills_ahead(self) -> int:
-        """Prompts that are to be computed here before one that is asked for now."""
-        return max(self.load.queued_prefills + self.fresh.prefills, self.charged.prefills)
-
-    @property
     def wait_s(self) -> float:
         """Predicted seconds until a prefill that is asked for now would start."""
         reported = self.service_s(self.load.queued_prefill_tokens, 0)
-        return max(reported + self.fresh.prefill_s, self.charged.prefill_s)
+        queued = self.traffic.expected_s(reported, self.age_s)
+        return max(queued + self.fresh.prefill_s, self.charged.prefill_s)
+
+    def delay_s(self, new: int) -> float:
+        """Predicted seconds by which the prompts ahead delay the end of a prefill of `new` tokens.
+
+        Not all that they take: a step has room for `token_budget` tokens and takes at most `chunk_tokens` of
+        each, so that one or a few prompts ahead leave room for one that comes now, and run on beside it.
+        """
+        queue, ahead = self.wait_s, self.prefills_ahead
+        if not queue:
+            return 0.0
+        tokens = max(self.load.queued_prefill_tokens + self.fresh.prefill_tokens, self.charged.prefill_tokens)
+        tokens = tokens or ahead * max(1, new)
+        each = min(self.step_tokens, max(1, tokens // ahead))
+        beside = min(ahead, -(-self.step_budget // each) - 1)
+        # The step that runs now ends in half its time, on average.
+        running_s = queue * min(1.0, min(ahead * each, self.step_budget) / tokens)
+        before_s = (queue - running_s) * (ahead - beside) / ahead
+        carried_s = queue * -(-new // self.step_tokens) * beside * each / tokens
+        return 0.5 * running_s + min(queue - running_s, before_s + carried_s)
+
+    @property
+    def prefills_ahead(self) -> int:
+        """Prompts that are computed before one that is asked for now, or beside it; at least one."""
+        return max(1, self.load.queued_prefills + self.fresh.prefills, self.charged.prefills)
+
+    def queue_harm_s(self, new: int, cached: int) -> float:
+        """What a prefill of `new` more tokens makes all later ones here wait, summed, in seconds.
+
+        Its own time, of each that comes before the queue is empty again: the externality of a customer of one
+        server, first come, first served, with Poisson arrivals (Haviv and Ritov 1998). Where other prompts
+        fill the steps, that time is without the cost of steps of its own.
+        """
+        alone = self.service_s(new, cached)
+        packed = self.model.packed_prefill_seconds(new, cached, self.step_budget).seconds
+        busy = 0.0 if self.streams else self.traffic.busy
+        service = busy * packed + (1.0 - busy) * alone
+        followers = self.traffic.prefills_per_s * (self.wait_s + 0.5 * service) / self.traffic.quiet
+        return followers * service
 
     @property
     def promised_blocks(self) -> int:
@@ -87,17 +126,24 @@ class WorkerView:
         return max(self.load.promised_blocks + self.fresh.blocks, self.charged.blocks)
 
     @property
-    def step_tokens(self) -> int:
-        """Prompt tokens of one sequence per step now: beside running streams, prefill has only its share."""
-        if not self.streams:
-            return self.chunk_tokens
+    def model(self) -> PerfModel:
+        """What predicts its prefills."""
+        return self.colleague or self.perf
+
+    @property
+    def step_budget(self) -> int:
+        """Prompt tokens per step now: beside running streams, prefill has only its share."""
         share = max(BLOCK_TOKENS, round(self.token_budget * self.record.role_weight))
-        return min(self.chunk_tokens, share)
+        return min(self.token_budget, share) if self.streams else self.token_budget
+
+    @property
+    def step_tokens(self) -> int:
+        """Those of one sequence."""
+        return min(self.chunk_tokens, self.step_budget)
 
     def compute_s(self, new: int, cached: int) -> float:
         """Predicted seconds that `new` prompt tokens behind `cached` ones add to this worker's steps."""
-        known = self.colleague or self.perf
-        return known.prefill_seconds(new, cached, self.step_tokens).seconds
+        return self.model.prefill_seconds(new, cached, self.step_tokens).seconds
 
     def service_s(self, new: int, cached: int) -> float:
         """Predicted seconds from the start to the end of such a prefill: its steps carry the streams, too."""

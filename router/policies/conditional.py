@@ -7,12 +7,11 @@
     handoff    =  messages, and the part of the transfer that P's prefill does not hide
     entry      =  the step at D in which the prompt's last position meets the running streams
     harm       =  streams · STREAM_WEIGHT · (seconds that the prefill adds to their steps)
-               +  prompts ahead · service
+               +  what the prefill makes all later ones at that worker wait
 
 All in seconds, and the objective is their expected sum over everybody: the request's own time to its first
-token, and what others lose by it. By Little's law a request leaves as many behind in a queue as it found
-there, on average, and each of those waits for it: nobody at an idle worker, many at a busy one. A constant in
-its place would call a slow link worth its price on an idle cluster.
+token, and what others lose by it. Later prefills wait at an idle worker next to nothing, at a busy one much:
+a constant in their place would call a slow link worth its price on an idle cluster.
 """
 
 from collections import Counter
@@ -61,7 +60,7 @@ def local_cost(owner: WorkerView, request: PlacementRequest) -> PrefillCost:
     cached = request.cached_tokens(owner.worker)
     new = request.prompt_tokens - cached
     service = owner.service_s(new, cached)
-    return PrefillCost(owner.wait_s + _step_left_s(owner) + service, _harm_s(owner, new, cached, service))
+    return PrefillCost(owner.delay_s(new) + _step_left_s(owner) + service, _harm_s(owner, new, cached))
 
 
 def handoff_cost(worker: WorkerView, owner: WorkerView, request: PlacementRequest) -> PrefillCost:
@@ -81,7 +80,7 @@ def handoff_cost(worker: WorkerView, owner: WorkerView, request: PlacementReques
     overhead = owner.perf.handoff_seconds(moved, _transport(worker, owner)).seconds
     context = owner.load.context_tokens + request.prompt_tokens
     entry = _step_left_s(owner) + owner.decode_step_s(joining=1, context=context)
-    return PrefillCost(worker.wait_s + service + overhead + entry, _harm_s(worker, new, cached, service))
+    return PrefillCost(worker.delay_s(new) + service + overhead + entry, _harm_s(worker, new, cached))
 
 
 def explores(path: PrefillPath, owner: WorkerView, prefill: WorkerView, loss_s: float) -> bool:
@@ -90,9 +89,9 @@ def explores(path: PrefillPath, owner: WorkerView, prefill: WorkerView, loss_s: 
     return not measured.charged.prefills and 0.0 < loss_s <= owner.perf.credit_seconds(path)
 
 
-def _harm_s(worker: WorkerView, new: int, cached: int, service_s: float) -> float:
+def _harm_s(worker: WorkerView, new: int, cached: int) -> float:
     stalls = STREAM_WEIGHT * worker.streams * worker.compute_s(new, cached)
-    return stalls + worker.prefills_ahead * service_s
+    return stalls + worker.queue_harm_s(new, cached)
 
 
 def _step_left_s(worker: WorkerView) -> float:

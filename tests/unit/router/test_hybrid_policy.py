@@ -162,14 +162,14 @@ def test_a_shared_prefix_does_not_pile_up_on_its_holder() -> None:
         book(bookings, f"r{number}", placement, at=1.0)
         firsts[placement.prefill[0]] += 1
     assert firsts["prefill-0"] == max(firsts.values())
-    work = {w.worker: bookings.charged(w.worker).prefill_s for w in base if w.dedicated}
+    work = {w.worker: bookings.charged(w.worker, 1.0).prefill_s for w in base if w.dedicated}
     assert max(work.values()) <= 2.0 * sum(work.values()) / len(work)
-    owners = [bookings.charged(w.worker).blocks for w in base if w.record.decodes]
+    owners = [bookings.charged(w.worker, 1.0).blocks for w in base if w.record.decodes]
     assert max(owners) <= 1.2 * min(owners)
 
 
 def charge(plain: WorkerView, bookings: Bookings) -> WorkerView:
-    open_work = bookings.charged(plain.worker)
+    open_work = bookings.charged(plain.worker, 1.0)
     return WorkerView(plain.record, plain.load, plain.perf, 256, open_work, open_work)
 
 

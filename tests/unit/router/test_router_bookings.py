@@ -21,26 +21,28 @@ def booking(at: float = 0.0, prefill: WorkerId | None = P, decode: WorkerId = D)
 def test_both_sides_are_charged_for_their_part() -> None:
     bookings = Bookings()
     bookings.charge(R, booking())
-    assert bookings.charged(P) == Charge(requests=1, prefills=1, prefill_tokens=100, prefill_s=0.5)
-    assert bookings.charged(D) == Charge(requests=1, blocks=10)
+    assert bookings.charged(P, 0.0) == Charge(requests=1, prefills=1, prefill_tokens=100, prefill_s=0.5)
+    assert bookings.charged(D, 0.0) == Charge(requests=1, blocks=10)
 
 
 def test_a_prefill_at_the_owner_is_one_request() -> None:
     bookings = Bookings()
     bookings.charge(R, booking(prefill=D))
-    assert bookings.charged(D) == Charge(requests=1, prefills=1, prefill_tokens=100, prefill_s=0.5, blocks=10)
+    assert bookings.charged(D, 0.0) == Charge(
+        requests=1, prefills=1, prefill_tokens=100, prefill_s=0.5, blocks=10
+    )
     bookings.settle_prefill(R)
-    assert bookings.charged(D) == Charge(requests=1, streams=1, blocks=10)
+    assert bookings.charged(D, 0.0) == Charge(requests=1, streams=1, blocks=10)
     bookings.settle(R)
-    assert bookings.charged(D) == Charge()
+    assert bookings.charged(D, 0.0) == Charge()
 
 
 def test_the_first_token_settles_the_prefill_only() -> None:
     bookings = Bookings()
     bookings.charge(R, booking())
     bookings.settle_prefill(R)
-    assert bookings.charged(P) == Charge()
-    assert bookings.charged(D).blocks == 10
+    assert bookings.charged(P, 0.0) == Charge()
+    assert bookings.charged(D, 0.0).blocks == 10
 
 
 def test_a_second_placement_gives_the_first_back() -> None:
@@ -48,17 +50,17 @@ def test_a_second_placement_gives_the_first_back() -> None:
     other = WorkerId("decode-1")
     bookings.charge(R, booking())
     bookings.charge(R, booking(decode=other))
-    assert bookings.charged(D) == Charge()
-    assert bookings.charged(other).blocks == 10
-    assert bookings.charged(P).requests == 1
+    assert bookings.charged(D, 0.0) == Charge()
+    assert bookings.charged(other, 0.0).blocks == 10
+    assert bookings.charged(P, 0.0).requests == 1
 
 
 def test_only_decisions_after_the_heartbeat_are_fresh() -> None:
     bookings = Bookings()
     bookings.charge(RequestId("old"), booking(at=1.0))
     bookings.charge(RequestId("new"), booking(at=3.0))
-    assert bookings.charged(P, since=2.0).requests == 1
-    assert bookings.charged(P).requests == 2
+    assert bookings.charged(P, 3.0, since=2.0).requests == 1
+    assert bookings.charged(P, 0.0).requests == 2
 
 
 @settings(max_examples=60, deadline=None)
@@ -87,7 +89,7 @@ def test_everything_settled_means_everything_zero(steps: list[tuple[str, int, st
         bookings.settle(RequestId(str(number)))
     bookings.check_integrity()
     assert len(bookings) == 0
-    assert all(bookings.charged(name) == Charge() for name in (P, D, WorkerId("prefill-1")))
+    assert all(bookings.charged(name, 0.0) == Charge() for name in (P, D, WorkerId("prefill-1")))
 
 
 def test_work_in_a_heartbeat_is_not_counted_again() -> None:
