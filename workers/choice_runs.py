@@ -18,6 +18,7 @@ from pdserve.workers.choice import Choice, ChoiceStart
 from pdserve.workers.choice_specs import choice_spec, prompt_spec
 from pdserve.workers.decode_request import DecodeRequest
 from pdserve.workers.dispatch import OutputDispatcher, Sink
+from pdserve.workers.engine.debt import Debt
 from pdserve.workers.engine.messages import SequenceOutput, SequenceSpec
 from pdserve.workers.prompt_fork import CopyBlocks, PromptFork
 
@@ -31,10 +32,19 @@ class ChoiceRuns:
     """
 
     def __init__(
-        self, pool: KvPool, copy_blocks: CopyBlocks, dispatcher: OutputDispatcher, take: Take
+        self,
+        pool: KvPool,
+        copy_blocks: CopyBlocks,
+        dispatcher: OutputDispatcher,
+        take: Take,
+        *,
+        headroom_tokens: int,
     ) -> None:
-        """`take` gets every output of a choice, in the order of the steps."""
+        """`take` gets every output of a choice, in the order of the steps. A choice that yields is owed
+        `headroom_tokens` behind its last token.
+        """
         self._pool = pool
+        self._headroom_tokens = headroom_tokens
         self._dispatcher = dispatcher
         self._prompt_fork = PromptFork(pool, copy_blocks)
         self._take = take
@@ -72,13 +82,23 @@ class ChoiceRuns:
 
     def _submit_choices(self, request: DecodeRequest, starts: Sequence[ChoiceStart]) -> None:
         for choice, start in zip(request.choices, starts, strict=True):
-            spec = choice_spec(request.ask, choice.index, start)
+            spec = choice_spec(request.ask, choice.index, start, self._debt(request))
             try:
                 self._submit(request, spec, partial(self._on_output, request, choice))
             except BaseException:
                 for left in starts[choice.index + 1 :]:
                     self._pool.release(left.owner)
                 raise
+
+    def _debt(self, request: DecodeRequest) -> Debt:
+        ask = request.ask
+        return Debt(
+            owner=request.promise_owner,
+            prompt_tokens=len(ask.token_ids),
+            max_tokens=ask.sampling.max_tokens,
+            headroom_tokens=self._headroom_tokens,
+            choices=ask.sampling.n,
+        )
 
     def _submit(self, request: DecodeRequest, spec: SequenceSpec, sink: Sink) -> None:
         request.live.add(spec.sequence_id)

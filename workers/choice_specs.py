@@ -6,6 +6,7 @@ from pdserve.core.seed import derive_seed
 from pdserve.core.types import OwnerId, SequenceId, hit_limit
 from pdserve.workers.choice import ChoiceStart
 from pdserve.workers.decode_request import DecodeAsk
+from pdserve.workers.engine.debt import Debt
 from pdserve.workers.engine.messages import SequenceSpec
 
 
@@ -21,8 +22,8 @@ def prompt_spec(ask: DecodeAsk, owner: OwnerId) -> SequenceSpec:
     )
 
 
-def choice_spec(ask: DecodeAsk, choice: int, start: ChoiceStart) -> SequenceSpec:
-    """One choice, which samples with a seed of its own."""
+def choice_spec(ask: DecodeAsk, choice: int, start: ChoiceStart, debt: Debt) -> SequenceSpec:
+    """One choice, which samples with a seed of its own. `debt` is the request's."""
     return SequenceSpec(
         sequence_id=SequenceId(f"{ask.request_id}/{choice}"),
         owner=start.owner,
@@ -31,4 +32,5 @@ def choice_spec(ask: DecodeAsk, choice: int, start: ChoiceStart) -> SequenceSpec
         namespace=ask.namespace,
         sampling=dataclasses.replace(ask.sampling, seed=derive_seed(ask.sampling.seed, choice), n=1),
         num_computed=start.num_computed,
+        debt=debt,
     )

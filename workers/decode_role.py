@@ -70,18 +70,24 @@ class DecodeRole:
         session_config: SessionConfig,
         clock: Clock,
         observer: Observer,
+        first_token: Callable[[DecodeRequest], object],
     ) -> None:
-        """`prepare` compiles ahead what takes long: the engine finds it while its result is held."""
+        """`prepare` compiles ahead what takes long: the engine finds it while its result is held.
+        `first_token` is told of every request whose first token came.
+        """
         self._record = record
         self._pool = pool
         self._dispatcher = dispatcher
         self._candidates = CandidateWalk(record, pool, handoffs, prefixes, clock, self._count)
-        self._runs = ChoiceRuns(pool, copy_blocks, dispatcher, self._on_output)
+        self._runs = ChoiceRuns(
+            pool, copy_blocks, dispatcher, self._on_output, headroom_tokens=engine_config.headroom_tokens
+        )
         self._prepare = prepare
         self._engine_config = engine_config
         self._session = session_config
         self._clock = clock
         self._observe = observer
+        self._first_token = first_token
         self._claims = RequestClaims(session_config.reattach_s, self._abandon)
         self._ended = asyncio.Event()
         self.draining = False
@@ -247,9 +253,6 @@ class DecodeRole:
             self._fail(request, from_foreign(error))
 
     def _take(self, request: DecodeRequest, choice: Choice, output: SequenceOutput) -> None:
-        if output.preempted:
-            self._owe(request, output.first_index)
-            return
         if output.error is not None or output.finish_reason is FinishReason.ABORT:
             self._fail(request, why_ended(request, output))
             return
@@ -260,6 +263,7 @@ class DecodeRole:
         )
         if not request.items:
             request.describe_first(item, output, self._clock.now())
+            self._first_token(request)
         for offset in range(len(output.new_token_ids)):
             facts = {"request": request.request_id, "choice": choice.index}
             self._observe(Lifecycle.TOKEN, {**facts, "index": output.first_index + offset})
@@ -274,12 +278,6 @@ class DecodeRole:
             self._settle(request)
         elif not request.live:
             self._end(request, why_ended(request, output))
-
-    def _owe(self, request: DecodeRequest, completion_tokens: int) -> None:
-        """A preempted sequence has its blocks before new promises, also where it outgrew its own: what it
-        needs now, and headroom for the rest. Its sister choices are taken to be as long."""
-        blocks = self._promise_blocks(request.ask, completion_tokens)
-        self._pool.raise_promise(request.promise_owner, blocks)
 
     # -- endings -------------------------------------------------------------------------------------
 
@@ -329,9 +327,8 @@ class DecodeRole:
         loop = asyncio.get_running_loop()
         request.deadline_timer = loop.call_later(remaining, self._abort, request, error)
 
-    def _promise_blocks(self, ask: DecodeAsk, completion_tokens: int = 0) -> int:
-        """What a request is promised whose choices have `completion_tokens` each."""
-        headroom = completion_tokens + self._engine_config.headroom_tokens
+    def _promise_blocks(self, ask: DecodeAsk) -> int:
+        headroom = self._engine_config.headroom_tokens
         return promise_blocks(len(ask.token_ids), ask.sampling.max_tokens, headroom, ask.sampling.n)
 
     def _replace(self, ask: DecodeAsk, reason: str) -> worker_pb2.Replace:

@@ -35,6 +35,9 @@ class BlockPool(Protocol):
 
     def table(self, owner: OwnerId) -> tuple[BlockId, ...]: ...
 
+    def raise_promise(self, owner: OwnerId, blocks: int) -> None:
+        """The owner's promise is at least `blocks` from now on."""
+
     def release(self, owner: OwnerId) -> None: ...
 
     def add_free_listener(self, listener: Callable[[], None]) -> None: ...
@@ -76,7 +79,13 @@ class AllocationPolicy:
         return sequence.samples and bool(sequence.blocks)
 
     def preempt(self, sequence: Sequence) -> None:
-        """Give all blocks back. Named ones stay findable until somebody needs the room."""
+        """Give all blocks back. Named ones stay findable until somebody needs the room.
+
+        First its debt is booked: a newcomer must not be promised what it will need again.
+        """
+        debt = sequence.spec.debt
+        if debt is not None:
+            self._pool.raise_promise(debt.owner, debt.blocks(sequence.completion_tokens))
         self._pool.release(sequence.owner)
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import replace
 
 from pdserve.core.clock import Clock
 from pdserve.core.config import EngineConfig
@@ -58,6 +57,8 @@ class Engine:
         self._arrivals = 0
         self._steps = 0
         self._preemptions = 0
+        self._prefills = 0
+        self._prefill_busy_s = 0.0
         self._is_stalled = True
 
     @property
@@ -137,7 +138,6 @@ class Engine:
         self._released.clear()
         self._preemptions += len(schedule.preempted)
         # First: a sequence may start again, or fail, in the step in which it yielded.
-        self._items.extend(_preemption(sequence) for sequence in schedule.preempted)
         self._is_stalled = not (schedule.chunks or schedule.completed or schedule.failed)
         for sequence, error in schedule.failed:
             self._close(sequence, sequence.output(error=error))
@@ -163,6 +163,8 @@ class Engine:
             waiting=len(waiting),
             queued_prefill_tokens=sum(prefills),
             queued_prefills=len(prefills),
+            prefills=self._prefills,
+            prefill_busy_s=self._prefill_busy_s,
             context_tokens=sum(s.num_computed for s in running),
             preemptions=self._preemptions,
             preempted_blocks=sum(
@@ -200,6 +202,7 @@ class Engine:
         for chunk in chunks:
             if chunk.sequence.started_at is None:
                 chunk.sequence.started_at = started_at
+                self._prefills += not chunk.is_decode
         chunks, batch = self._batch(chunks)
         if not chunks:
             return
@@ -214,7 +217,9 @@ class Engine:
                 self._end(chunk.sequence, chunk.sequence.output(error=failure))
             return
         ended_at = self._clock.now()
-        self._perf.observe_step(_step_record(chunks, ended_at - started_at))
+        record = _step_record(chunks, ended_at - started_at)
+        self._perf.observe_step(record)
+        self._prefill_busy_s += record.seconds if record.prefill_tokens else 0.0
         for chunk in chunks:
             try:
                 token = tokens.get(chunk.sequence.sequence_id)
@@ -318,11 +323,6 @@ def _step_record(chunks: tuple[ScheduledChunk, ...], seconds: float) -> StepReco
         decode_sequences=len(decodes),
         decode_context=sum(chunk.start + 1 for chunk in decodes),
     )
-
-
-def _preemption(sequence: Sequence) -> SequenceOutput:
-    sampled = sequence.completion_tokens  # held back or not, their KV is to be computed again
-    return replace(sequence.output(), num_computed=0, first_index=sampled, preempted=True)
 
 
 def _refusal(spec: SequenceSpec, error: PdserveError) -> SequenceOutput:

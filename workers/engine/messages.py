@@ -6,6 +6,7 @@ from typing import Protocol
 
 from pdserve.core.errors import PdserveError
 from pdserve.core.types import BlockName, FinishReason, OwnerId, SamplingParams, SequenceId, TokenLogprobs
+from pdserve.workers.engine.debt import Debt
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,8 @@ class SequenceSpec:
     `token_ids`, as after a committed handoff; at 0 it is empty."""
     prior_tokens: int = 0
     """How many of the last `token_ids` are completion tokens that were emitted before (a resume)."""
+    debt: Debt | None = None
+    """Booked in the pool when the sequence has to yield, before its blocks are anybody's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +59,6 @@ class SequenceOutput:
     """The end of the step with which the first token became certain: it may have been held back before."""
     logprobs: tuple[TokenLogprobs, ...] = ()
     """One per token of `new_token_ids` where `sampling.logprobs` asks for them."""
-    preempted: bool = False
-    """It had to yield in this step, and waits for blocks for all its tokens: those before `first_index` and
-    the prompt, tokens that are held back among them. It says nothing else; another output may follow it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,10 @@ class EngineStats:
     """Prompt tokens still to compute, of running and waiting sequences."""
     queued_prefills: int
     """The sequences that these belong to."""
+    prefills: int
+    """Prompts whose computing has begun, so far."""
+    prefill_busy_s: float
+    """Time of the steps that computed prompts, so far."""
     context_tokens: int
     """Computed positions of the running sequences."""
     preemptions: int

@@ -163,7 +163,8 @@ async def test_when_nobody_serves_the_reason_decides_the_status(
     await rig.until_ended()
     failure = rig.items()[-1].failure
     assert failure.code == int(code)
-    assert "prefill-1" in failure.message
+    last = "prefill-0" if Outcome.DEADLINE in reasons else "prefill-1"  # whom time was left to ask
+    assert last in failure.message
     rig.assert_nothing_left()
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -120,10 +121,10 @@ class Harness:
         self.engine = Engine(config, model, self.pool, self.runner, self.clock, self.perf, role_weight)
         self.steps: list[StepOutputs] = []
 
-    def submit(self, name: str, prompt: Iterable[int], params: SamplingParams | None, **fields: int) -> None:
+    def submit(self, name: str, prompt: Iterable[int], params: SamplingParams | None, **fields: Any) -> None:
         self.engine.submit(make_spec(name, prompt, params, **fields))
 
-    def commit(self, name: str, prompt: list[int], params: SamplingParams, **fields: int) -> SequenceSpec:
+    def commit(self, name: str, prompt: list[int], params: SamplingParams, **fields: Any) -> SequenceSpec:
         """Blocks with the KV of all but the last position, as a committed handoff leaves them."""
         blocks = self.pool.reserve(OwnerId(name), -(-len(prompt) // BLOCK_TOKENS))
         assert blocks is not None
@@ -165,7 +166,7 @@ class Harness:
         return "".join(item.text for item in self.items(name))
 
 
-def make_spec(name: str, prompt: Iterable[int], params: SamplingParams | None, **fields: int) -> SequenceSpec:
+def make_spec(name: str, prompt: Iterable[int], params: SamplingParams | None, **fields: Any) -> SequenceSpec:
     token_ids = tuple(prompt)
     return SequenceSpec(
         sequence_id=SequenceId(name),

@@ -6,6 +6,7 @@ from engine_harness import Harness, expected_tokens, greedy, prompt_of
 from pdserve.core.errors import InternalError
 from pdserve.core.types import FinishReason, OwnerId, SamplingParams, SequenceId, blocks_for
 from pdserve.kvtransfer.pool.errors import PoolError
+from pdserve.workers.engine.debt import Debt
 
 
 def test_preemption_never_changes_the_output() -> None:
@@ -40,24 +41,36 @@ def test_the_youngest_yields_and_returns_before_newcomers() -> None:
     assert harness.engine.stats().preemptions <= 2
 
 
-def test_each_preemption_is_announced_once_and_changes_no_token() -> None:
+def test_preemptions_change_no_token() -> None:
     harness = Harness(pool_blocks=6)
     for number, name in enumerate(("old", "middle", "young")):
         harness.submit(name, prompt_of(30, number), greedy(40))
-    announced = 0
-    while harness.engine.has_work:
-        before = harness.engine.stats().preemptions
-        outputs = harness.step()
-        said = [item for item in outputs.items if item.preempted]
-        assert len(said) == harness.engine.stats().preemptions - before
-        announced += len(said)
-        for item in said:
-            assert item.num_computed == 0
-            assert item.first_index == len(harness.tokens(item.sequence_id))  # so many must be computed again
-            assert (item.new_token_ids, item.text, item.finish_reason, item.error) == ((), "", None, None)
-    assert announced == harness.engine.stats().preemptions > 0
+    harness.run()
+    assert harness.engine.stats().preemptions > 0
     for number, name in enumerate(("old", "middle", "young")):
         assert harness.tokens(name) == expected_tokens(prompt_of(30, number), greedy(40))
+
+
+def owed(name: str, prompt_tokens: int = 30, max_tokens: int = 40, headroom_tokens: int = 4) -> Debt:
+    return Debt(OwnerId(f"promise/{name}"), prompt_tokens, max_tokens, headroom_tokens, choices=1)
+
+
+def test_what_a_preempted_sequence_is_owed_is_booked_before_its_blocks_are_anybodys() -> None:
+    """A newcomer who asks in the moment of the preemption is not promised them."""
+    harness = Harness(pool_blocks=6)
+    pool = harness.pool
+    for number, name in enumerate(("old", "middle", "young")):
+        debt = owed(name)
+        assert pool.promise(debt.owner, 1)
+        harness.submit(name, prompt_of(30, number), greedy(40), debt=debt)
+    newcomers: list[bool] = []
+    pool.add_free_listener(lambda: newcomers.append(pool.promise(OwnerId("new"), 2)))
+    while not harness.engine.stats().preemptions:
+        harness.step()
+    assert newcomers == [False], "asked in the engine's thread, as its blocks came free"
+    sampled = len(harness.tokens("young"))
+    assert pool.promised(OwnerId("promise/young")) == owed("young").blocks(sampled) > 2
+    harness.run()
 
 
 def test_a_preemption_counts_tokens_that_are_held_back() -> None:
@@ -67,11 +80,14 @@ def test_a_preemption_counts_tokens_that_are_held_back() -> None:
         expected = expected_tokens(prompt_of(30, number), greedy(40))
         never = "".join(f"<{token}>" for token in expected) + "!"
         params = SamplingParams(max_tokens=40, ignore_eos=True, stop=(never,))
-        harness.submit(name, prompt_of(30, number), params)
+        harness.submit(name, prompt_of(30, number), params, debt=owed(name, headroom_tokens=17))
     while not harness.engine.stats().preemptions:
         harness.step()
-    (said,) = [item for item in harness.steps[-1].items if item.preempted]
-    assert said.first_index > 1 == len(harness.tokens(said.sequence_id))
+    names = ("old", "middle", "young")
+    (yielded,) = [name for name in names if harness.pool.promised(OwnerId(f"promise/{name}"))]
+    emitted = len(harness.tokens(yielded))
+    debt = owed(yielded, headroom_tokens=17)  # a second token takes a block more
+    assert harness.pool.promised(debt.owner) > debt.blocks(emitted)
     harness.run()
     for number, name in enumerate(("old", "middle", "young")):
         assert harness.tokens(name) == expected_tokens(prompt_of(30, number), greedy(40))
