@@ -2,13 +2,14 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
 import pytest
-from handoff_rig import Rig
+from handoff_rig import PATIENT, Rig
 
 from pdserve.core.clock import Clock, ManualClock
 from pdserve.core.lifecycle import Lifecycle
@@ -78,7 +79,9 @@ async def pressed(
     remaining_s: float | None = None,
 ) -> AsyncIterator[Pressed]:
     loop = asyncio.get_running_loop()
-    rig = Rig(decode_blocks=blocks, perf=perf, decode_clock=clock)
+    # Fills take minutes of the clock's time.
+    config = dataclasses.replace(PATIENT, request_deadline_s=5000.0)
+    rig = Rig(config=config, decode_blocks=blocks, perf=perf, decode_clock=clock)
     rig.filler.chunk_tokens, rig.filler.estimate_s = 16, estimate_s
     steps: defaultdict[int, asyncio.Future[None]] = defaultdict(loop.create_future)
     held: asyncio.Future[None] = loop.create_future()

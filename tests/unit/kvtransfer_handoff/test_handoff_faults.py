@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 from handoff_rig import PATIENT, QUICK, HeldExporter, HeldImporter, Rig, Wire
 
+from pdserve.core.clock import ManualClock
 from pdserve.core.lifecycle import Lifecycle
 from pdserve.core.types import BlockId, OwnerId
 from pdserve.kvtransfer.handoff.consumer import Committed, HandoffAsk, NotServed
@@ -246,14 +246,14 @@ async def test_a_deadline_ends_the_handoff(leap: Callable[[float], Awaitable[Non
 
 
 async def test_blocks_that_p_let_expire_are_not_used(leap: Callable[[float], Awaitable[None]]) -> None:
-    brief = dataclasses.replace(PATIENT, request_deadline_s=15.0)
-    rig = Rig(prefill_config=brief)
+    """Time passes at P alone: D, which has the same deadline, would be the first to end it."""
+    rig = Rig(decode_clock=ManualClock())
     rig.prepare = lambda importer: importer.gate.clear()
     async with rig:
         ask = rig.ask(PROMPT)
         task = asyncio.create_task(rig.handoffs.fetch(ask, rig.peer()))
         await rig.trail.wait(Lifecycle.FILLED_SEEN)
-        await leap(15.0)
+        await leap(PATIENT.request_deadline_s)
         result = await task
         assert isinstance(result, NotServed)
         assert result.reason is Outcome.EXPIRED
