@@ -6,20 +6,17 @@ from contextlib import aclosing, contextmanager
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.registry import Collector
 
 from pdserve.core.clock import Clock
 from pdserve.core.errors import Cancelled, InvalidRequest, Overloaded, PdserveError, from_foreign
 from pdserve.core.metrics import NAMESPACE, Metric
 from pdserve.proto import inference_pb2
 from pdserve.router.intake import Intake, OnEnd
+from pdserve.router.worker_metrics import WorkerMetrics
 
 _LONG: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
 _SHORT: Final = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 5)
 _RATIOS: Final = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2, 5, 10)
-_BLOCK_STATES: Final = ("free", "held", "reserved", "cached", "loading", "quarantined")
-_USED_STATES: Final = ("held", "reserved", "loading", "quarantined")
 
 
 class RequestMetrics:
@@ -91,7 +88,7 @@ class MeteredIntake:
     def __init__(self, inner: Intake, clock: Clock) -> None:
         self.registry = CollectorRegistry()
         self.metrics = RequestMetrics(self.registry)
-        self.registry.register(_WorkerGauges(inner))
+        self.registry.register(WorkerMetrics(inner))
         self._inner = inner
         self._clock = clock
         # The same object for those that are not measured.
@@ -139,35 +136,3 @@ class MeteredIntake:
             if chunk.choice == 0:
                 metrics.prompt_tokens.inc(chunk.usage.prompt_tokens)
                 metrics.cached_tokens.inc(chunk.usage.cached_tokens)
-
-
-class _WorkerGauges(Collector):
-    """What the workers last said of themselves, read when somebody asks."""
-
-    def __init__(self, intake: Intake) -> None:
-        self._intake = intake
-
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        def gauge(name: Metric, text: str, *labels: str) -> GaugeMetricFamily:
-            return GaugeMetricFamily(f"{NAMESPACE}_{name}", text, labels=labels)
-
-        running = gauge(
-            Metric.WORKER_RUNNING, "Sequences in the worker's batch, as of its last heartbeat.", "worker"
-        )
-        waiting = gauge(
-            Metric.WORKER_WAITING, "Sequences that wait at the worker, as of its last heartbeat.", "worker"
-        )
-        usage = gauge(Metric.KV_USAGE, "Blocks in use, of all, as of the last heartbeat.", "worker")
-        blocks = gauge(Metric.KV_BLOCKS, "Blocks by state, as of the last heartbeat.", "worker", "state")
-        for worker in self._intake.status().workers:
-            running.add_metric([worker.worker], worker.running)
-            waiting.add_metric([worker.worker], worker.waiting)
-            used = sum(getattr(worker.blocks, state) for state in _USED_STATES)
-            usage.add_metric([worker.worker], used / worker.blocks.total if worker.blocks.total else 0.0)
-            for state in _BLOCK_STATES:
-                blocks.add_metric([worker.worker, state], getattr(worker.blocks, state))
-        yield from (running, waiting, usage, blocks)
-
-    def describe(self) -> Iterable[GaugeMetricFamily]:
-        """Nothing: without it the registry would collect once before the router has started."""
-        return ()
