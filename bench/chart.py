@@ -47,7 +47,9 @@ def draw_chart(report: TransferReport, file: Path) -> None:
     axes.xaxis.set_major_formatter(lambda num_bytes, _: _size(num_bytes))
     axes.set_xlabel("bytes in scattered 16-token blocks")
     axes.set_ylabel("GB/s")
-    axes.set_title(f"KV transfer, medians of {report.rounds} rounds, {report.kernel} copies")
+    axes.set_title(
+        f"KV transfer on {report.device}, medians of {report.rounds} rounds, {report.kernel} copies"
+    )
     axes.grid(which="both", alpha=0.3)
     axes.legend()
     try:

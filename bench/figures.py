@@ -35,6 +35,8 @@ class Skipped(NamedTuple):
 class TransferReport:
     """All figures of one run. `ceiling` and `peers` have no digest."""
 
+    device: str
+    """Where both pools are."""
     kernel: str
     """Who copies and digests for our transports: native code, or numpy."""
     rounds: int
@@ -48,6 +50,6 @@ class TransferReport:
     def to_dict(self) -> dict[str, object]:
         """As plain values, for JSON."""
         groups = ("ceiling", "results", "peers", "transactions", "skipped")
-        return {"kernel": self.kernel, "rounds": self.rounds} | {
+        return {"device": self.device, "kernel": self.kernel, "rounds": self.rounds} | {
             group: [entry._asdict() for entry in getattr(self, group)] for group in groups
         }

@@ -53,14 +53,18 @@ _WARM_UP_ROUNDS = 5
 
 
 async def measure_transactions(
-    layout: KvLayout, transports: Sequence[str], count: int, rounds: int
+    layout: KvLayout, transports: Sequence[str], count: int, rounds: int, device: str
 ) -> list[Transaction]:
-    """Handoffs of `count` blocks over each transport, without and with digests; they take turns."""
+    """Handoffs of `count` blocks between pools on `device`, over each transport, without and with digests.
+
+    They take turns. Raises Unavailable where one is not served.
+    """
     num_blocks = 4 * (count + 1)
     readers: dict[tuple[str, bool], _Reader] = {}
-    with _prefill_process(layout, num_blocks, tuple(transports)) as endpoint:
+    with _prefill_process(layout, num_blocks, tuple(transports), device) as endpoint:
         for transport, digest in itertools.product(transports, (False, True)):
-            readers[transport, digest] = _Reader(layout, num_blocks, transport, digest, endpoint)
+            storage = KvStorage(layout, num_blocks, device)
+            readers[transport, digest] = _Reader(storage, transport, digest, endpoint)
         times: dict[tuple[str, bool], list[float]] = {key: [] for key in readers}
         try:
             for number in range(_WARM_UP_ROUNDS + rounds):
@@ -80,20 +84,18 @@ async def measure_transactions(
 class _Reader:
     """D: handoffs over one transport."""
 
-    def __init__(
-        self, layout: KvLayout, num_blocks: int, transport: str, digest: bool, endpoint: str
-    ) -> None:
-        self._storage = KvStorage(layout, num_blocks)
-        self._storage.bytes_view[:] = 0
-        self._pool = KvPool(layout, num_blocks, self._storage.generations)
+    def __init__(self, storage: KvStorage, transport: str, digest: bool, endpoint: str) -> None:
+        storage.tensor.zero_()  # every page is there before anything is timed
+        self._storage = storage
+        self._pool = KvPool(storage.layout, storage.num_blocks, storage.generations)
         self._peer = HandoffPeer(_PREFILL, _FIRST, endpoint)
         self._numbers = itertools.count(1)
         self._tag = f"{transport}-{digest}"
         self._handoffs = DecodeHandoffs(
-            record=lambda: _record(_DECODE, Role.DECODE, layout, num_blocks),
+            record=lambda: _record(_DECODE, Role.DECODE, storage),
             pool=self._pool,
-            storage=self._storage,
-            importers=ImporterCache(self._storage, accepted(transport)),
+            storage=storage,
+            importers=ImporterCache(storage, accepted(transport)),
             config=HandoffConfig(transport=transport, digest=digest),
             progress=itertools.count().__next__,
             clock=MonotonicClock(),
@@ -142,11 +144,15 @@ class _ComputedFiller:
 
 
 @contextmanager
-def _prefill_process(layout: KvLayout, num_blocks: int, transports: tuple[str, ...]) -> Iterator[str]:
+def _prefill_process(
+    layout: KvLayout, num_blocks: int, transports: tuple[str, ...], device: str
+) -> Iterator[str]:
     """P in a process of its own; its host:port."""
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
-    process = context.Process(target=_main, args=(theirs, layout, num_blocks, transports), daemon=True)
+    process = context.Process(
+        target=_main, args=(theirs, layout, num_blocks, transports, device), daemon=True
+    )
     process.start()
     theirs.close()
     try:
@@ -159,18 +165,19 @@ def _prefill_process(layout: KvLayout, num_blocks: int, transports: tuple[str, .
             process.join()
 
 
-def _main(pipe: Connection, layout: KvLayout, num_blocks: int, transports: tuple[str, ...]) -> None:
+def _main(
+    pipe: Connection, layout: KvLayout, num_blocks: int, transports: tuple[str, ...], device: str
+) -> None:
     torch.set_num_threads(1)
-    uvloop.run(_serve(pipe, layout, num_blocks, transports))
+    uvloop.run(_serve(pipe, KvStorage(layout, num_blocks, device), transports))
 
 
-async def _serve(pipe: Connection, layout: KvLayout, num_blocks: int, transports: tuple[str, ...]) -> None:
+async def _serve(pipe: Connection, storage: KvStorage, transports: tuple[str, ...]) -> None:
     """Until the other end of the pipe is closed."""
-    storage = KvStorage(layout, num_blocks)
-    storage.bytes_view[:] = 1
-    pool, clock = KvPool(layout, num_blocks, storage.generations), MonotonicClock()
+    storage.tensor.zero_()
+    pool, clock = KvPool(storage.layout, storage.num_blocks, storage.generations), MonotonicClock()
     servicer = HandoffServicer(
-        record=lambda: _record(_PREFILL, Role.PREFILL, layout, num_blocks),
+        record=lambda: _record(_PREFILL, Role.PREFILL, storage),
         pool=pool,
         storage=storage,
         filler=_ComputedFiller(pool, clock),
@@ -193,7 +200,7 @@ async def _serve(pipe: Connection, layout: KvLayout, num_blocks: int, transports
         storage.close()
 
 
-def _record(worker: WorkerId, role: Role, layout: KvLayout, num_blocks: int) -> WorkerRecord:
+def _record(worker: WorkerId, role: Role, storage: KvStorage) -> WorkerRecord:
     return WorkerRecord(
         worker=worker,
         incarnation=_FIRST,
@@ -204,7 +211,7 @@ def _record(worker: WorkerId, role: Role, layout: KvLayout, num_blocks: int) -> 
         pid=os.getpid(),
         context_tokens=1 << 20,
         vocab_size=1 << 20,
-        dtype=layout.dtype,
-        pool_blocks=num_blocks,
+        dtype=storage.layout.dtype,
+        pool_blocks=storage.num_blocks,
         role_weight=0.0 if role is Role.DECODE else 1.0,
     )

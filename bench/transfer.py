@@ -1,10 +1,10 @@
 """How fast KV blocks move from one process to another, beside what this machine's memory can do.
 
-For each size: plain copies within this process (the ceiling), peers (gloo with contiguous buffers, NIXL with
-scattered blocks), and each transport's `fetch` of scattered blocks, without and with a digest over what
-landed. They take turns, round by round, so that what disturbs one disturbs all; figures are medians over the
-rounds. All memory is touched before: a worker's pool is, after its first minutes. `inproc` alone reads a pool
-of the same process, as it always does.
+For each size: plain copies within this process (the ceiling, see bench/plain_copy.py), peers (gloo with
+contiguous buffers, NIXL with scattered blocks), and each transport's `fetch` of scattered blocks, without and
+with a digest over what landed. They take turns, round by round, so that what disturbs one disturbs all;
+figures are medians over the rounds. All memory is touched before: a worker's pool is, after its first
+minutes. `inproc` alone reads a pool of the same process, as it always does.
 """
 
 import asyncio
@@ -36,14 +36,18 @@ async def measure_transfers(
     *,
     layout: KvLayout = LAYOUT,
     transports: tuple[str, ...] = LADDER,
+    device: str = "cpu",
 ) -> TransferReport:
-    """Measure. `sizes` are rounded up to whole blocks. Raises Unavailable where a transport fails."""
+    """Measure between pools on `device`. `sizes` are rounded up to whole blocks.
+
+    Raises Unavailable where a transport fails, ConfigError where there is no such device.
+    """
     counts = sorted({-(-size // layout.block_bytes) for size in sizes})
     num_blocks = max(2 * counts[-1], -(-_POOL_BYTES // layout.block_bytes))
-    report = TransferReport((await asyncio.to_thread(load_kernel)).name, rounds)
+    report = TransferReport(device, (await asyncio.to_thread(load_kernel)).name, rounds)
     between = tuple(name for name in transports if name in TRANSPORT_LADDER and name != "inproc")
-    with TransferSource(layout, num_blocks, between) as source:
-        target = TransferTarget(layout, num_blocks, source)
+    with TransferSource(layout, num_blocks, between, device) as source:
+        target = TransferTarget(layout, num_blocks, source, device)
         try:
             await target.start(transports)
             report.skipped.extend(target.skipped)
@@ -52,7 +56,7 @@ async def measure_transfers(
         finally:
             await target.close()
     connected = tuple(name for name in target.transports if name != "inproc")
-    report.transactions.extend(await measure_transactions(layout, connected, counts[0], rounds))
+    report.transactions.extend(await measure_transactions(layout, connected, counts[0], rounds, device))
     return report
 
 

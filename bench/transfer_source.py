@@ -12,6 +12,7 @@ import uvloop
 
 from pdserve.bench.nixl_pair import NixlPeer, NixlPool
 from pdserve.core.errors import Unavailable
+from pdserve.core.types import BlockId
 from pdserve.kvtransfer.native import load_kernel
 from pdserve.kvtransfer.pool.layout import KvLayout
 from pdserve.kvtransfer.pool.storage import KvStorage
@@ -20,27 +21,35 @@ from pdserve.kvtransfer.transports.ladder import make_exporters
 
 GENERATION = 1
 TIMEOUT_S = 60.0
+_FILLED_AT_ONCE = 256
 
 
 def fill(storage: KvStorage) -> None:
     """The bytes of a source pool: no two words are equal, and equal pools have equal bytes."""
-    words = storage.bytes_view.reshape(-1).view(np.uint32)
-    words[:] = np.arange(words.size, dtype=np.uint32)
+    words = storage.layout.block_bytes // np.dtype(np.uint32).itemsize
+    for start in range(0, storage.num_blocks, _FILLED_AT_ONCE):
+        end = min(start + _FILLED_AT_ONCE, storage.num_blocks)
+        content = np.arange(start * words, end * words, dtype=np.uint32)
+        storage.write_blocks(
+            [BlockId(block) for block in range(start, end)], content.view(np.uint8).reshape(end - start, -1)
+        )
+    storage.settle()
     storage.generations[:] = GENERATION
 
 
 class TransferSource:
     """The process, from the benchmark's side. A context manager: its end ends the process."""
 
-    def __init__(self, layout: KvLayout, num_blocks: int, transports: tuple[str, ...]) -> None:
+    def __init__(self, layout: KvLayout, num_blocks: int, transports: tuple[str, ...], device: str) -> None:
+        """Raises Unavailable where its pool cannot be made on that device."""
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(
-            target=_main, args=(theirs, layout, num_blocks, transports), daemon=True
+            target=_main, args=(theirs, layout, num_blocks, transports, device), daemon=True
         )
         self._process.start()
         theirs.close()
-        self.offers: tuple[Offer, ...] = self._pipe.recv()
+        self.offers: tuple[Offer, ...] = self._ask("offers")
 
     def serve(self, transport: str, grant: Grant) -> None:
         """Have the grant carried out; returns when P knows it."""
@@ -79,22 +88,22 @@ class TransferSource:
             ) from error
 
 
-def _main(pipe: Connection, layout: KvLayout, num_blocks: int, transports: tuple[str, ...]) -> None:
+def _main(
+    pipe: Connection, layout: KvLayout, num_blocks: int, transports: tuple[str, ...], device: str
+) -> None:
     torch.set_num_threads(1)
     load_kernel()
-    uvloop.run(_serve(pipe, layout, num_blocks, transports))
+    uvloop.run(_serve(pipe, KvStorage(layout, num_blocks, device), transports))
 
 
-async def _serve(pipe: Connection, layout: KvLayout, num_blocks: int, transports: tuple[str, ...]) -> None:
+async def _serve(pipe: Connection, storage: KvStorage, transports: tuple[str, ...]) -> None:
     """Until the other end of the pipe is closed."""
-    storage = KvStorage(layout, num_blocks)
     fill(storage)
     exporters = {
         exporter.transport: exporter for exporter in make_exporters(storage, transports, timeout_s=TIMEOUT_S)
     }
     for exporter in exporters.values():
         await exporter.start()
-    pipe.send(tuple(exporter.offer() for exporter in exporters.values()))
     answers = _Answers(storage, exporters)
     while True:
         try:
@@ -121,6 +130,8 @@ class _Answers:
     async def to(self, kind: str, *work: Any) -> Any:
         """Begin it; the answer for the other side."""
         match kind:
+            case "offers":
+                return tuple(exporter.offer() for exporter in self._exporters.values())
             case "serve":
                 transport, grant = work
                 self._serving = asyncio.ensure_future(self._exporters[transport].serve(grant))

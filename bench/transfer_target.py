@@ -3,17 +3,18 @@
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch.distributed import is_gloo_available
 
 from pdserve.bench.figures import Skipped
 from pdserve.bench.nixl_pair import NixlPool
-from pdserve.bench.plain_copy import PlainCopies
+from pdserve.bench.plain_copy import plain_copies
 from pdserve.bench.transfer_source import GENERATION, TIMEOUT_S, TransferSource, fill
 from pdserve.core.errors import Unavailable
 from pdserve.core.types import BLOCK_TOKENS, BlockId, HandoffId
@@ -40,16 +41,16 @@ class Way(NamedTuple):
 class TransferTarget:
     """Made by `start`. `skipped` says of what is not among the ways why."""
 
-    def __init__(self, layout: KvLayout, num_blocks: int, source: TransferSource) -> None:
+    def __init__(self, layout: KvLayout, num_blocks: int, source: TransferSource, device: str) -> None:
         self._layout = layout
         self._source = source
-        self._storage = KvStorage(layout, num_blocks)
-        self._twin = KvStorage(layout, num_blocks)
+        self._storage = KvStorage(layout, num_blocks, device)
+        self._twin = KvStorage(layout, num_blocks, device)
         """In this process and with P's bytes: what inproc reads, plain copies copy, and landed blocks are
         compared with."""
         fill(self._twin)
         self._chance = random.Random(0)
-        self._copies = PlainCopies(self._twin.bytes_view, self._storage.bytes_view, self._chance)
+        self._copies = plain_copies(self._twin, self._storage, self._chance)
         self._importers: dict[str, Importer] = {}
         self._inproc: Exporter | None = None
         self._nixl: NixlPool | None = None
@@ -89,12 +90,11 @@ class TransferTarget:
         """All ways of moving `count` blocks."""
         with self._gloo(count * self._layout.block_bytes) as gloo:
             ways = [
-                Way("ceiling", "memcpy", False, partial(self._copies.memcpy, count)),
-                Way("ceiling", "streaming", False, partial(self._copies.streaming, count)),
-                *gloo,
+                Way("ceiling", name, False, partial(_at_once, copy, count)) for name, copy in self._copies
             ]
+            ways += gloo
             if self._nixl is not None:
-                ways.append(Way("peers", "nixl", False, partial(self._read_nixl, self._nixl, count)))
+                ways.append(Way("peers", "nixl", False, partial(_at_once, self._read_nixl, count)))
             for name in self.transports:
                 for digest in (False, True):
                     ways.append(Way("results", name, digest, partial(self._fetch, name, count, digest)))
@@ -104,7 +104,7 @@ class TransferTarget:
         """One grant. P knows of it before the clock starts; what landed is compared after it stopped."""
         sources, places = self._blocks(count), self._blocks(count)
         segments = (
-            Segment(BlockId(source), GENERATION, BlockId(place), BLOCK_TOKENS)
+            Segment(source, GENERATION, place, BLOCK_TOKENS)
             for source, place in zip(sources, places, strict=True)
         )
         self._seq += 1
@@ -113,35 +113,41 @@ class TransferTarget:
             self._source.serve(transport, grant)
         elif self._inproc is not None:
             await self._inproc.serve(grant)
-        blocks = self._storage.bytes_view
         began = time.perf_counter()
         landed = await self._importers[transport].fetch(grant)
         if isinstance(landed, Failed):
             raise Unavailable(f"{transport} failed in the benchmark: {landed.reason}")
         if digest and landed.digests is None:
-            await asyncio.to_thread(digest_blocks, blocks, places, self._layout, [BLOCK_TOKENS] * count)
+            await asyncio.to_thread(self._digest, places)
         taken = time.perf_counter() - began
         self._compare(sources[-1], places[-1])
         return taken
 
-    async def _read_nixl(self, pool: NixlPool, count: int) -> float:
+    def _digest(self, places: Sequence[BlockId]) -> None:
+        """As a handoff does where the transport has no digests."""
+        valid = [BLOCK_TOKENS] * len(places)
+        digest_blocks(*self._storage.readable(places), self._layout, valid)
+
+    def _read_nixl(self, count: int) -> float:
+        if self._nixl is None:
+            raise RuntimeError("join NIXL first")
         sources, places = self._blocks(count), self._blocks(count)
-        taken = pool.read(sources, places)
+        taken = self._nixl.read(sources, places)
         self._compare(sources[-1], places[-1])
         return taken
 
-    def _blocks(self, count: int) -> list[int]:
+    def _blocks(self, count: int) -> list[BlockId]:
         """So many blocks of a pool, scattered."""
-        return self._chance.sample(range(self._storage.num_blocks), count)
+        return [BlockId(block) for block in self._chance.sample(range(self._storage.num_blocks), count)]
 
-    def _compare(self, source: int, place: int) -> None:
-        if not np.array_equal(self._storage.bytes_view[place], self._twin.bytes_view[source]):
+    def _compare(self, source: BlockId, place: BlockId) -> None:
+        if not np.array_equal(self._storage.read_blocks([place]), self._twin.read_blocks([source])):
             raise Unavailable(f"block {source} did not land in {place}: these figures would mean nothing")
 
     @contextmanager
     def _gloo(self, num_bytes: int) -> Iterator[list[Way]]:
-        """gloo between the same two processes; nothing where torch has none."""
-        if not is_gloo_available():
+        """gloo between the same two processes; nothing where torch has none, or for a GPU's memory."""
+        if not (is_gloo_available() and self._storage.on_host):
             yield []
             return
         from pdserve.bench.gloo_pair import GlooAsker
@@ -153,6 +159,11 @@ class TransferTarget:
         asker.end()  # after an error the process is ended anyway
 
     def _join_nixl(self) -> None:
+        if not self._storage.on_host:
+            self.skipped += [
+                Skipped(name, "it is measured between host memories") for name in ("gloo", "nixl")
+            ]
+            return
         try:
             pool = NixlPool("D", self._storage.bytes_view)
             pool.connect(self._source.join_nixl(pool.peer))
@@ -163,6 +174,18 @@ class TransferTarget:
 
     def _skip(self, transports: tuple[str, ...]) -> None:
         missing = [name for name in transports if name not in self._importers]
-        self.skipped += [Skipped(name, "it needs an NVIDIA GPU: this machine has none") for name in missing]
+        self.skipped += [Skipped(name, self._why_missing(name)) for name in missing]
         if not is_gloo_available():
             self.skipped.append(Skipped("gloo", "this torch has no gloo"))
+
+    def _why_missing(self, transport: str) -> str:
+        if not self._storage.on_host:
+            return f"it does not serve pools on {self._storage.device}"
+        if torch.cuda.is_available():
+            return "it needs pools on the NVIDIA GPU: measure with --device cuda"
+        return "it needs an NVIDIA GPU: this machine has none"
+
+
+async def _at_once(work: Callable[[int], float], count: int) -> float:
+    """For what blocks: no thread in between is counted."""
+    return work(count)

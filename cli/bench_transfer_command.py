@@ -21,6 +21,7 @@ def transfer(
         typer.Option(help="Bytes to move, as 65536, 64KB or 16MB; may be repeated. Default: 64KB to 256MB."),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Measured rounds of each; figures are medians.")] = 15,
+    device: Annotated[str, typer.Option(help="Where both pools are: cpu, cuda or cuda:N.")] = "cpu",
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write everything measured to this file.")
     ] = None,
@@ -38,7 +39,7 @@ def transfer(
     sizes = SIZES if size is None else tuple(parse_size(text) for text in size)
     if plot is not None:
         check_chart(plot)
-    report = uvloop.run(measure_transfers(sizes, rounds))
+    report = uvloop.run(measure_transfers(sizes, rounds, device=device))
     _show(report)
     if json_file is not None:
         write_json(json_file, report.to_dict())
@@ -61,7 +62,7 @@ def _show(report: "TransferReport") -> None:
     numbers = ("size", "p50 ms", "GB/s", "of ceiling")
     print_table(("transport", "digest"), numbers, (_row(figure) for figure in figures))
     typer.echo(f"medians of {report.rounds} rounds, scattered 16-token blocks, {report.kernel} copies")
-    typer.echo("the ceiling is the faster plain copy of one contiguous piece: memcpy, or past the caches")
+    typer.echo("the ceiling is the fastest plain copy of one contiguous piece in one process")
     for whole in report.transactions:
         fetch = next(f for f in report.results if f[:3] == whole[:3])
         typer.echo(

@@ -46,7 +46,7 @@ async def test_each_way_has_a_figure_for_each_size_and_they_add_up() -> None:
 def test_the_file_and_the_chart_have_what_the_table_shows(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report = TransferReport("native", 2)
+    report = TransferReport("cpu", "native", 2)
     report.ceiling.append(Figure("memcpy", BLOCK, False, 10.5, 0.125, 1.0))
     report.peers.append(Figure("gloo", BLOCK, False, 1.5, 0.875, 0.25))
     report.results.extend(Figure("shm", BLOCK, digest, 5.5, 0.375, 0.5) for digest in (False, True))
@@ -54,15 +54,15 @@ def test_the_file_and_the_chart_have_what_the_table_shows(
     report.skipped.append(Skipped("nccl", "there is no cable"))
     asked = []
 
-    async def measure(*arguments: object) -> TransferReport:
-        asked.append(arguments)
+    async def measure(*arguments: object, device: str) -> TransferReport:
+        asked.append((*arguments, device))
         return report
 
     monkeypatch.setattr(transfer, "measure_transfers", measure)
     file, drawing = tmp_path / "out.json", tmp_path / "out.svg"
     arguments = ["bench", "transfer", "--size", "64KB", "--size", "1MB", "--rounds", "2"]
     assert run([*arguments, "--json", str(file), "--plot", str(drawing)]) == 0
-    assert asked == [((BLOCK, 1 << 20), 2)]
+    assert asked == [((BLOCK, 1 << 20), 2, "cpu")]
     written = json.loads(file.read_text())
     assert written["results"][0] == {
         "transport": "shm",

@@ -11,7 +11,7 @@ from pdserve.core.errors import ConfigError
 
 
 def report() -> TransferReport:
-    made = TransferReport("native", 3)
+    made = TransferReport("cpu", "native", 3)
     for size in (1 << 20, 1 << 16):
         made.ceiling.append(Figure("memcpy", size, False, 10.0, 0.1, 1.0))
         made.peers.append(Figure("gloo", size, False, 1.0, 1.0, 0.1))
