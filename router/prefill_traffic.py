@@ -3,8 +3,9 @@
 import math
 from dataclasses import dataclass
 
-WINDOW_S = 10.0
-"""What is older counts little."""
+WINDOW_S = 60.0
+"""What is older counts little. Much longer than one prefill, or a worker would count as busy all the time
+whenever a long one runs."""
 
 _BUSIEST = 0.95
 """A queue that never empties is no state to plan by: what is measured as busier counts as this."""
