@@ -86,6 +86,8 @@ def worker_load(
     return worker_pb2.WorkerLoad(
         queued_prefill_tokens=load.queued_prefill_tokens,
         queued_prefills=load.queued_prefills,
+        prefills=load.prefills,
+        prefill_busy_s=load.prefill_busy_s,
         running=load.running,
         waiting=load.waiting,
         context_tokens=load.context_tokens,

@@ -93,6 +93,8 @@ class DecodeRequest:
     cached_tokens: int = 0
     finished: bool = False
     abort_reason: PdserveError | None = None
+    handoff: Committed | None = None
+    """What brought the prompt's KV; None while it is not there, or where D's own engine prefilled."""
     settled: bool = False
     """It needs no memory any more: the promise is back, the engine has let go."""
     disowned: bool = False
@@ -201,6 +203,7 @@ class DecodeRequest:
 
     def committed(self, done: Committed, attempt: int) -> None:
         """A handoff brought the prompt's KV."""
+        self.handoff = done
         route, marks = self.route, self.marks
         route.prefill_worker = done.prefill_worker
         route.prefill_incarnation = done.prefill_incarnation
@@ -240,9 +243,9 @@ class DecodeRequest:
         """Close D's side of the ledger on the request's first item."""
         self.prefilled(output)
         marks = self.marks
-        item.ledger.CopyFrom(
-            marks.ledger(output.first_token_at if output.first_token_at is not None else now)
-        )
+        first_token = output.first_token_at if output.first_token_at is not None else now
+        item.ledger.CopyFrom(marks.ledger(first_token))
+        self.route.measured_s = 0.0 if marks.first_open is None else first_token - marks.first_open
         item.route.CopyFrom(self.route)
 
 

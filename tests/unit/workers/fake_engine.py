@@ -56,7 +56,7 @@ class FakeEngine:
             yield step
 
     def stats(self) -> EngineStats:
-        return EngineStats(0, 0, 0, 0, 0, 0, 0, 0, {})
+        return EngineStats(0, 0, 0, 0, 0, 0, 0.0, 0, 0, 0, {})
 
     def set_role_weight(self, weight: float) -> None: ...
 
