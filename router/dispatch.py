@@ -140,7 +140,7 @@ class Dispatcher:
             if isinstance(first, worker_pb2.Replace):
                 refused[placement.decode] = first
                 continue
-            async for chunk in self._chunks(job, stream, first, timings):
+            async for chunk in self._chunks(job, stream, first, timings, placement):
                 yield chunk
             return
         raise self._nobody(job, refused)
@@ -204,7 +204,12 @@ class Dispatcher:
             message.prefix.CopyFrom(wire.prefix(self._pool.session(held.worker).record, held.blocks))
 
     async def _chunks(
-        self, job: Job, stream: TokenStream, first: worker_pb2.FrameItem, timings: wire.Timings
+        self,
+        job: Job,
+        stream: TokenStream,
+        first: worker_pb2.FrameItem,
+        timings: wire.Timings,
+        placement: Placement,
     ) -> AsyncGenerator[inference_pb2.GenerateChunk, None]:
         item = first
         parts: wire.Timings | None = timings
@@ -213,7 +218,7 @@ class Dispatcher:
             if item.HasField("failure"):
                 raise from_failure(item.failure)
             self._bookings.settle_prefill(job.request)
-            yield wire.chunk(item, parts)
+            yield wire.chunk(item, parts, placement)
             running -= bool(item.finish_reason)
             if not running:
                 return

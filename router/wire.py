@@ -10,6 +10,7 @@ from pdserve.kvtransfer.index.metered import IndexStats
 from pdserve.kvtransfer.names import pack_chain, pack_tokens
 from pdserve.proto import handoff_pb2, inference_pb2, worker_pb2
 from pdserve.proto.sampling import encode
+from pdserve.router.policies.base import Placement, PrefillCost
 from pdserve.router.prompt import Chat, Prompt, TokenIds
 
 
@@ -65,8 +66,11 @@ def prefix(record: WorkerRecord, blocks: int) -> handoff_pb2.PrefixHolder:
     )
 
 
-def chunk(item: worker_pb2.FrameItem, timings: Timings | None) -> inference_pb2.GenerateChunk:
-    """What the client gets for one item. `timings` go into the first chunk's ledger; None for the others."""
+def chunk(
+    item: worker_pb2.FrameItem, timings: Timings | None, placement: Placement
+) -> inference_pb2.GenerateChunk:
+    """What the client gets for one item. `timings` go into the first chunk's ledger, and what `placement`
+    expected into its route; None for the others."""
     out = inference_pb2.GenerateChunk(
         request_id=item.request_id,
         choice=item.choice,
@@ -82,9 +86,21 @@ def chunk(item: worker_pb2.FrameItem, timings: Timings | None) -> inference_pb2.
         out.ledger.locate = timings.locate
         out.ledger.place = timings.place
         out.route.CopyFrom(item.route)
+        _expect(out.route, placement)
     if item.HasField("usage"):
         out.usage.CopyFrom(item.usage)
     return out
+
+
+def _expect(route: inference_pb2.Route, placement: Placement) -> None:
+    if placement.local is not None:
+        route.predicted_local.CopyFrom(_cost(placement.local))
+    if placement.handoff is not None:
+        route.predicted_handoff.CopyFrom(_cost(placement.handoff))
+
+
+def _cost(cost: PrefillCost) -> inference_pb2.PrefillCost:
+    return inference_pb2.PrefillCost(seconds=cost.seconds, harm_s=cost.harm_s)
 
 
 def load_of(heartbeat: worker_pb2.WorkerHeartbeat) -> WorkerLoad:
@@ -92,6 +108,8 @@ def load_of(heartbeat: worker_pb2.WorkerHeartbeat) -> WorkerLoad:
     return WorkerLoad(
         queued_prefill_tokens=load.queued_prefill_tokens,
         queued_prefills=load.queued_prefills,
+        prefills=load.prefills,
+        prefill_busy_s=load.prefill_busy_s,
         running=load.running,
         waiting=load.waiting,
         context_tokens=load.context_tokens,
