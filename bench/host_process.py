@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import multiprocessing
+import signal
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -87,6 +88,7 @@ async def _serve(
     stop: Callable[[], Any],
     hear: Callable[[Any], None],
 ) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the benchmark, which ends this process
     logging.basicConfig(level=logging.WARNING)
     pipe.send(await start())
     try:

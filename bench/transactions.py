@@ -7,6 +7,7 @@ import asyncio
 import itertools
 import multiprocessing
 import os
+import signal
 import statistics
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -168,6 +169,7 @@ def _prefill_process(
 def _main(
     pipe: Connection, layout: KvLayout, num_blocks: int, transports: tuple[str, ...], device: str
 ) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the benchmark, which ends this process
     torch.set_num_threads(1)
     uvloop.run(_serve(pipe, KvStorage(layout, num_blocks, device), transports))
 

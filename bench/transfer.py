@@ -17,6 +17,7 @@ from pdserve.bench.transfer_source import TransferSource
 from pdserve.bench.transfer_target import TransferTarget
 from pdserve.kvtransfer.native import load_kernel
 from pdserve.kvtransfer.pool.layout import KvLayout
+from pdserve.kvtransfer.pool.storage import KvStorage
 from pdserve.kvtransfer.transports.base import TRANSPORT_LADDER
 
 LAYOUT = KvLayout(num_layers=8, num_kv_heads=2, head_dim=64, dtype="bfloat16")
@@ -44,6 +45,7 @@ async def measure_transfers(
     """
     counts = sorted({-(-size // layout.block_bytes) for size in sizes})
     num_blocks = max(2 * counts[-1], -(-_POOL_BYTES // layout.block_bytes))
+    KvStorage(layout, 1, device).close()  # where there is no such device it says so, before processes start
     report = TransferReport(device, (await asyncio.to_thread(load_kernel)).name, rounds)
     between = tuple(name for name in transports if name in TRANSPORT_LADDER and name != "inproc")
     with TransferSource(layout, num_blocks, between, device) as source:

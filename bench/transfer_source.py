@@ -2,6 +2,7 @@
 
 import asyncio
 import multiprocessing
+import signal
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
@@ -41,7 +42,7 @@ class TransferSource:
     """The process, from the benchmark's side. A context manager: its end ends the process."""
 
     def __init__(self, layout: KvLayout, num_blocks: int, transports: tuple[str, ...], device: str) -> None:
-        """Raises Unavailable where its pool cannot be made on that device."""
+        """Raises Unavailable where it ends at once."""
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(
@@ -91,6 +92,7 @@ class TransferSource:
 def _main(
     pipe: Connection, layout: KvLayout, num_blocks: int, transports: tuple[str, ...], device: str
 ) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the benchmark, which ends this process
     torch.set_num_threads(1)
     load_kernel()
     uvloop.run(_serve(pipe, KvStorage(layout, num_blocks, device), transports))

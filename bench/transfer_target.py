@@ -39,7 +39,7 @@ class Way(NamedTuple):
 
 
 class TransferTarget:
-    """Made by `start`. `skipped` says of what is not among the ways why."""
+    """Ready after `start`. `skipped` says why what is not among the ways is not."""
 
     def __init__(self, layout: KvLayout, num_blocks: int, source: TransferSource, device: str) -> None:
         self._layout = layout

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pdserve.bench.figures import Figure, TransferReport
 
 _UNITS = {"": 1, "KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
+_DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 _SIZE = re.compile(r"(\d+)\s*([KMG]B)?", re.IGNORECASE)
 
 
@@ -36,6 +37,8 @@ def transfer(
     from pdserve.bench.transfer import SIZES, measure_transfers
     from pdserve.cli.json_file import write_json
 
+    if _DEVICE.fullmatch(device) is None:
+        raise ConfigError(f"a device is cpu, cuda or cuda:N, not {device!r}")
     sizes = SIZES if size is None else tuple(parse_size(text) for text in size)
     if plot is not None:
         check_chart(plot)

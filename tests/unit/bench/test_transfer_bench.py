@@ -1,6 +1,7 @@
 """The transfer benchmark with real processes: its report is complete and adds up. No speed is asserted."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,14 @@ def test_a_transport_that_fails_is_an_error_and_no_figure(
 def test_the_default_sizes_are_the_issues_and_the_ladder_has_every_transport() -> None:
     assert (SIZES[0], SIZES[-1]) == (64 << 10, 256 << 20)
     assert set(TRANSPORT_LADDER) <= set(LADDER)
+
+
+@pytest.mark.parametrize(("device", "said"), [("tpu", "not 'tpu'"), ("cuda:99", "CUDA|CuPy|cuda:99")])
+def test_a_device_that_is_not_there_is_told_before_anything_starts(
+    device: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["bench", "transfer", "--device", device]) == 1
+    assert re.search(said, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
