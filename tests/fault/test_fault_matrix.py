@@ -1,21 +1,23 @@
 """Whatever strikes a handoff, in whichever state: right tokens or a retriable error in time, and no leak."""
 
 import asyncio
-import itertools
 
 import pytest
 from fault_cases import STATES, Case, Kind, matrix
+from fault_inproc import play_inproc
 from fault_lane import FaultLane
 from fault_table import Row
+from greedy_reference import GreedyReference
 
 TRANSPORTS = ("shm", "tcp")
+"""Those of separate processes."""
 SAMPLE = {
     "shm": (
         Case(Kind.SIGKILL, "P FILLING", "P"),
         Case(Kind.SIGSTOP, "D FETCHING", "P"),
         Case(Kind.CORRUPT, "D FETCHING", what="of the first chunk"),
         Case(Kind.LINK, "D FETCHING"),
-        Case(Kind.LOST, "D VERIFIED", what="released"),
+        Case(Kind.LOST, "D VERIFIED", what="release"),
         Case(Kind.REDIS, "D RESERVED"),
     ),
     "tcp": (
@@ -23,8 +25,13 @@ SAMPLE = {
         Case(Kind.SIGSTOP, "P FILLED", "D"),
         Case(Kind.CORRUPT, "D FETCHING", what="on the wire"),
         Case(Kind.LINK, "D OPEN"),
-        Case(Kind.LOST, "D OPEN", what="opened"),
+        Case(Kind.LOST, "D FETCHING", what="grant"),
         Case(Kind.REDIS, "P OPEN"),
+    ),
+    "inproc": (
+        Case(Kind.CORRUPT, "P FILLED", what="of the last chunk"),
+        Case(Kind.LOST, "P FILLED", what="filled"),
+        Case(Kind.REDIS, "D FETCHING"),
     ),
 }
 """For every run: each fault once on each transport, in changing states."""
@@ -50,9 +57,15 @@ async def test_each_fault_in_one_state(kind: Kind, lanes: dict[str, FaultLane], 
 def by_name() -> dict[str, dict[str, Case]]:
     """Case name -> the transports on which there is such a case."""
     cases: dict[str, dict[str, Case]] = {}
-    for transport, case in itertools.chain(*(((t, c) for c in matrix(t)) for t in TRANSPORTS)):
-        cases.setdefault(case.name, {})[transport] = case
+    for transport in TRANSPORTS:
+        for case in matrix(transport):
+            cases.setdefault(case.name, {})[transport] = case
     return cases
+
+
+@pytest.mark.parametrize("case", SAMPLE["inproc"], ids=lambda case: case.name)
+async def test_each_fault_within_one_process(case: Case, reference: GreedyReference, rows: list[Row]) -> None:
+    rows.append(await play_inproc(reference, case))
 
 
 @pytest.mark.full
@@ -61,13 +74,21 @@ async def test_every_fault_in_every_state(name: str, lanes: dict[str, FaultLane]
     await play(by_name()[name], lanes, rows)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("case", tuple(matrix("inproc")), ids=lambda case: case.name)
+async def test_every_fault_within_one_process(
+    case: Case, reference: GreedyReference, rows: list[Row]
+) -> None:
+    rows.append(await play_inproc(reference, case))
+
+
 def test_the_matrix_strikes_each_side_in_each_state_on_each_transport() -> None:
-    for transport in TRANSPORTS:
+    for transport, sample in SAMPLE.items():
         cases = set(matrix(transport))
-        for kind in (Kind.SIGKILL, Kind.SIGSTOP):
+        assert set(sample) <= cases
+        assert {c.kind for c in sample} == {c.kind for c in cases}
+        assert {c.state for c in cases if c.kind is Kind.REDIS} == set(STATES)
+        for kind in () if transport == "inproc" else (Kind.SIGKILL, Kind.SIGSTOP):
             assert {(c.state, c.victim) for c in cases if c.kind is kind} == {
                 (state, victim) for state in STATES for victim in "PD"
             }
-        assert {c.state for c in cases if c.kind is Kind.REDIS} == set(STATES)
-        assert set(SAMPLE[transport]) <= cases
-        assert {c.kind for c in SAMPLE[transport]} == set(Kind)

@@ -5,52 +5,33 @@ import dataclasses
 import re
 import signal
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bare_cluster import BareCluster
 from fault_cases import (
-    COMPLETION_TOKENS,
-    DEADLINE_S,
     ENGINE,
     HANDOFF,
     INDEX,
     LINK_SHARE,
+    NAMES,
     PROMPT_TOKENS,
+    ROLES,
     SESSION,
+    STEP_S,
     STOPPED_S,
-    STRIKES_AT_TOKEN,
     Case,
-    End,
     Kind,
     Pids,
 )
+from fault_request import ask_for, judge, judge_calm, row
 from fault_table import Row
 from greedy_reference import GreedyReference
 
-from pdserve.client import AsyncClient, Result, RetryPolicy
-from pdserve.core.errors import PdserveError, WorkerLost
-from pdserve.core.types import Role
+from pdserve.core.tasks import end_task
 
-STEP_S = 0.01
-"""What an engine's step takes at least."""
-NAMES = {"P": "prefill-0", "D": "decode-0"}
-ROLES = {"P": Role.PREFILL, "D": Role.DECODE}
 SETTLE_S = 20.0
 POLL_S = 0.02
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """How one request ended."""
-
-    end: End
-    seconds: float
-    tokens: tuple[int, ...]
-    told: str
-    result: Result | None = None
-    error: PdserveError | None = None
 
 
 class FaultLane:
@@ -100,11 +81,14 @@ class FaultLane:
         slow_s = PROMPT_TOKENS * self._reference.bytes_per_token / (LINK_SHARE * speed)
         for side, faults in case.faults(self._pids()).items():
             await self._ask(side, {"arm": [dataclasses.asdict(fault) for fault in faults]})
-        request = asyncio.create_task(self._request(prompt))
-        await self._strike(case)
-        ended = await request
+        request = asyncio.create_task(ask_for(self.cluster.target, prompt))
+        try:
+            await self._strike(case)
+            ended = await request
+        finally:
+            await end_task(request)
         fired = await self._let_go(case)
-        self._judge(case, prompt, ended, case.bound_s(slow_s))
+        judge(self._reference, case, prompt, ended, case.bound_s(slow_s))
         assert fired or case.kind is Kind.SIGKILL, "the fault never struck"
         if case.kind is Kind.CORRUPT:
             counted = await self._counter("D", "fetch_digest_mismatches") - mismatches
@@ -113,35 +97,7 @@ class FaultLane:
         await self._serve(f"behind {case.name}")
         await asyncio.to_thread(self.cluster.assert_settled, *NAMES.values(), timeout_s=SETTLE_S)
         self._assert_no_foreign_memory()
-        return Row(
-            transport=self.transport,
-            fault=str(case.kind),
-            victim=case.victim,
-            state=case.state,
-            what=case.what,
-            ended=ended.told,
-            seconds=ended.seconds,
-            bound_s=case.bound_s(slow_s),
-            integrity="ok",
-        )
-
-    async def _request(self, prompt: list[int]) -> Ended:
-        began = time.monotonic()
-        once = RetryPolicy(attempts=1)  # what the cluster says itself, not what a second call makes of it
-        async with AsyncClient(self.cluster.target, timeout=DEADLINE_S, retry=once) as client:
-            try:
-                result = await client.generate(
-                    token_ids=prompt, max_tokens=COMPLETION_TOKENS, temperature=0.0, ignore_eos=True
-                )
-            except PdserveError as error:
-                seconds = time.monotonic() - began
-                tokens = error.partial.token_ids if isinstance(error, WorkerLost) else ()
-                told = f"{type(error).__name__}, retriable: {error.retriable}, after {len(tokens)} tokens"
-                return Ended(End.RETRIABLE, seconds, tokens, told, error=error)
-        route = result.route
-        way = f"over {route.transport}" if route.transport else "by itself"
-        told = f"all tokens, prefilled by {route.prefill_worker} {way}"
-        return Ended(End.TOKENS, time.monotonic() - began, result.token_ids, told, result=result)
+        return row(self.transport, case, ended, case.bound_s(slow_s))
 
     async def _strike(self, case: Case) -> None:
         """What a fault needs from outside while the request runs."""
@@ -168,22 +124,6 @@ class FaultLane:
                 fired += (await self._ask(side, {"release": True}))["fired"]
         return fired
 
-    def _judge(self, case: Case, prompt: list[int], ended: Ended, bound_s: float) -> None:
-        assert ended.end in case.ends, f"it ended with {ended.told}: {ended.error}"
-        assert ended.seconds <= bound_s, f"it took {ended.seconds:.1f} s, the bound is {bound_s:.1f} s"
-        assert (wrong := self._reference.first_wrong(prompt, ended.tokens)) is None, f"token {wrong} is wrong"
-        if ended.result is not None:
-            assert len(ended.tokens) == COMPLETION_TOKENS
-            route = ended.result.route
-            if case.victim == "P" or case.kind is Kind.CORRUPT:
-                by, tried = (NAMES["P"], 0) if case.committed else (NAMES["D"], 1)
-                assert (route.prefill_worker, route.candidates_tried) == (by, tried), route
-        else:
-            assert ended.error is not None
-            assert ended.error.retriable, ended.error
-            if case.kind is Kind.SIGKILL:  # what was sampled before had been sent
-                assert len(ended.tokens) == (STRIKES_AT_TOKEN - 1 if case.committed else 0)
-
     async def _recover(self, case: Case) -> None:
         """Replace whom the fault took away, and wait until the router sees everybody."""
         cluster, name = self.cluster, NAMES.get(case.victim, "")
@@ -205,12 +145,8 @@ class FaultLane:
         """A new request ends right, and as a handoff."""
         self._played += 1
         prompt = self._reference.prompt(f"{self.transport} {why} {self._played}", PROMPT_TOKENS)
-        ended = await self._request(prompt)
-        assert ended.result is not None, f"{why}: {ended.told}: {ended.error}"
-        assert len(ended.tokens) == COMPLETION_TOKENS
-        assert self._reference.first_wrong(prompt, ended.tokens) is None, f"{why}: wrong tokens"
-        route = ended.result.route
-        assert (route.prefill_worker, route.transport) == (NAMES["P"], self.transport), f"{why}: {route}"
+        ended = await ask_for(self.cluster.target, prompt)
+        judge_calm(self._reference, prompt, ended, self.transport, why)
 
     # -- processes -----------------------------------------------------------------------------------
 

@@ -3,8 +3,8 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, aclosing, nullcontext
 from typing import Any
 
 import grpc
@@ -17,13 +17,16 @@ from pdserve.kvtransfer.pool.header import PAGE_BYTES, PoolHeader
 from pdserve.kvtransfer.transports.base import Failed, Grant, Landed, Offer
 from pdserve.workers.seams import Seams
 
+Flip = Callable[[int, BlockId], AbstractContextManager[None]]
+"""(process id of P, block) -> while it is entered, one byte of the block is wrong."""
 
-def fault_seams(points: FaultPoints) -> Seams:
-    """What Worker is made with so that it passes `points`."""
+
+def fault_seams(points: FaultPoints, flipped: Flip | None = None) -> Seams:
+    """What Worker is made with so that it passes `points`. `flipped`: how a `flip` reaches P's pool."""
     return Seams(
         observer=points.observe,
         filler=lambda filler: _Filler(filler, points),
-        importers=lambda importers: _Importers(importers, points),
+        importers=lambda importers: _Importers(importers, points, flipped or flipped_in_process),
         channel=lambda channel: _Channel(channel, points),
     )
 
@@ -48,9 +51,10 @@ class _Filler:
 class _Importers:
     """D's importers. While the link is tampered with, tcp goes through a relay."""
 
-    def __init__(self, inner: Any, points: FaultPoints) -> None:
+    def __init__(self, inner: Any, points: FaultPoints, flipped: Flip) -> None:
         self._inner = inner
         self._points = points
+        self._flipped = flipped
         self._relays = Relays(points.link)
         self._relayed: set[tuple[WorkerId, Incarnation]] = set()
 
@@ -65,7 +69,7 @@ class _Importers:
         if tampered:
             offers = [await self._relays.around(offer) for offer in offers]
         found = await self._inner.get(worker, incarnation, offers)
-        return None if found is None else _Importer(found, self._points)
+        return None if found is None else _Importer(found, self._points, self._flipped)
 
     async def drop(self, worker: WorkerId, incarnation: Incarnation) -> None:
         await self._inner.drop(worker, incarnation)
@@ -78,15 +82,17 @@ class _Importers:
 class _Importer:
     """One pair's transport at D."""
 
-    def __init__(self, inner: Any, points: FaultPoints) -> None:
+    def __init__(self, inner: Any, points: FaultPoints, flipped: Flip) -> None:
         self.transport: str = inner.transport
         self._inner = inner
         self._points = points
+        self._flipped = flipped
 
     async def fetch(self, grant: Grant) -> Landed | Failed:
         fault = await self._points.hold_at("fetch")
-        flip = fault is not None and fault.action == "flip" and grant.segments
-        with _flipped(fault.pid, grant.segments[0].source) if fault and flip else contextlib.nullcontext():
+        flip = fault is not None and fault.action == "flip"
+        damage = self._flipped(fault.pid, grant.segments[0].source) if fault and flip else nullcontext()
+        with damage:
             report = await self._copy(grant)
         link = self._points.link
         if isinstance(report, Landed) and link.share is None and report.num_bytes:
@@ -155,8 +161,8 @@ class _Call:
 
 
 @contextlib.contextmanager
-def _flipped(pid: int, block: BlockId) -> Iterator[None]:
-    """One byte of a block is wrong in process `pid`'s pool; P's digest of it was made before."""
+def flipped_in_process(pid: int, block: BlockId) -> Iterator[None]:
+    """One byte of a block is wrong in the only pool of process `pid`; P's digest of it was made before."""
     fd = os.open(_pool_of(pid), os.O_RDWR)
     try:
         header = PoolHeader.unpack(os.pread(fd, PAGE_BYTES, 0))
