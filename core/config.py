@@ -16,7 +16,7 @@ from pdserve.core.errors import ConfigError
 from pdserve.core.types import Disaggregation
 
 DTYPES = ("float32", "bfloat16")
-TRANSPORTS = ("auto", "inproc", "cuda_ipc", "shm", "tcp")
+TRANSPORTS = ("auto", "inproc", "cuda_ipc", "nccl", "shm", "tcp")
 
 
 @dataclass(frozen=True, slots=True)

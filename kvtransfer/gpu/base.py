@@ -99,6 +99,48 @@ class GpuStream(Protocol):
         ...
 
 
+class CommunicatorFailed(RuntimeError):
+    """What was begun over a communicator will not come to an end; it is of no more use."""
+
+
+class Communicator(Protocol):
+    """Two GPUs of two processes that send to each other. No call blocks; used by one thread."""
+
+    def busy(self) -> bool:
+        """Whether what was begun last (joining, posting) is not through yet; nothing may be begun until then.
+
+        Raises CommunicatorFailed. A peer that died or hangs need not be noticed: the caller has a deadline.
+        """
+        ...
+
+    def send(self, pointer: int, num_bytes: int, stream: GpuStream) -> None:
+        """Begin to post a send from device memory, in the order of `stream`."""
+        ...
+
+    def receive(self, pointer: int, num_bytes: int, stream: GpuStream) -> None:
+        """Begin to post a receive of exactly so many bytes to device memory, in the order of `stream`."""
+        ...
+
+    def abort(self) -> None:
+        """End all that is under way, so that the stream goes on, and give everything back. Idempotent."""
+        ...
+
+
+class Communicators(Protocol):
+    """The library that makes them. Safe in any thread."""
+
+    version: int
+    """Two processes can meet only where theirs are equal."""
+
+    def unique_id(self) -> bytes:
+        """A name for a meeting of two, used once, made by rank 0's process."""
+        ...
+
+    def join(self, unique_id: bytes, rank: int) -> Communicator:
+        """Begin to meet the other rank (of 0 and 1): busy until it has come. Raises CommunicatorFailed."""
+        ...
+
+
 class Gpu(Protocol):
     """One device of this process. Safe in any thread."""
 
@@ -125,6 +167,10 @@ class Gpu(Protocol):
         ...
 
     def unmap(self, pointer: int) -> None: ...
+
+    def communicators(self) -> Communicators:
+        """What connects it with GPUs of other processes. Raises Unavailable where there is nothing."""
+        ...
 
 
 def check_rows(rows: GpuRows, chosen: Sequence[int]) -> NDArray[np.int64]:

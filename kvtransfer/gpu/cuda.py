@@ -13,6 +13,7 @@ from torch.utils.dlpack import from_dlpack
 
 from pdserve.core.errors import ConfigError
 from pdserve.kvtransfer.gpu.base import THREADS, GpuEvent, GpuMemory, GpuRows, Launch, check_rows
+from pdserve.kvtransfer.gpu.nccl import NcclCommunicators, load_nccl
 
 SOURCE = Path(__file__).with_name("blocks.cu")
 COMPILE_OPTIONS = ("--std=c++17",)
@@ -82,6 +83,9 @@ class CudaGpu:
     def unmap(self, pointer: int) -> None:
         with self.current():
             self._runtime.ipcCloseMemHandle(pointer)
+
+    def communicators(self) -> "NcclCommunicators":
+        return NcclCommunicators(load_nccl(), self.current)
 
 
 class CudaMemory:

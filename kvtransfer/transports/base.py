@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from pdserve.core.types import BlockId, HandoffId
 
-TRANSPORT_LADDER = ("inproc", "cuda_ipc", "shm", "tcp")
+TRANSPORT_LADDER = ("inproc", "cuda_ipc", "nccl", "shm", "tcp")
 """Best rung first; the names are the same in flags, messages and metrics."""
 
 

@@ -12,6 +12,7 @@ from pdserve.kvtransfer.transports.base import TRANSPORT_LADDER, Exporter, Impor
 from pdserve.kvtransfer.transports.cuda_ipc import CudaIpcExporter, CudaIpcImporter
 from pdserve.kvtransfer.transports.inproc import InprocExporter, InprocImporter, exporter_here
 from pdserve.kvtransfer.transports.mapped_pool import HostIdentity, reachable
+from pdserve.kvtransfer.transports.nccl import NcclExporter, NcclImporter
 from pdserve.kvtransfer.transports.shm import ShmExporter, ShmImporter
 from pdserve.kvtransfer.transports.tcp import TcpExporter, TcpImporter
 
@@ -20,9 +21,10 @@ _log = logging.getLogger(__name__)
 DEFAULT_TIMEOUT_S = 10.0
 
 _OF_HOST_MEMORY = frozenset({"inproc", "shm"})
-_OF_GPU_MEMORY = frozenset({"cuda_ipc"})
+_OF_GPU_MEMORY = frozenset({"cuda_ipc", "nccl"})
 _MAPPED = frozenset({"cuda_ipc", "shm"})
 """Through a memfd of P's, so only between processes of one host and user."""
+_NOT_ENCRYPTED = "NCCL does not encrypt, and workers show certificates here (security.tls_dir)"
 
 
 class Obstacle(NamedTuple):
@@ -100,6 +102,10 @@ def make_importer(
         return InprocImporter(storage, offer, timeout_s=timeout_s)
     if offer.transport == "cuda_ipc":
         return CudaIpcImporter(storage, offer, timeout_s=timeout_s)
+    if offer.transport == "nccl":
+        if tls is not None:
+            raise Unavailable(_NOT_ENCRYPTED)
+        return NcclImporter(storage, offer, timeout_s=timeout_s)
     if offer.transport == "shm":
         return ShmImporter(storage, offer, timeout_s=timeout_s)
     if offer.transport == "tcp":
@@ -128,7 +134,10 @@ def make_exporters(
     if storage.on_host:
         makers |= {"inproc": lambda: InprocExporter(storage), "shm": lambda: ShmExporter(storage)}
     else:
-        makers |= {"cuda_ipc": lambda: CudaIpcExporter(storage)}
+        makers |= {
+            "cuda_ipc": lambda: CudaIpcExporter(storage),
+            "nccl": lambda: _nccl_exporter(storage, host, advertise, timeout_s, tls),
+        }
     exporters: list[Exporter] = []
     for rung in ordered(allowed):
         try:
@@ -137,3 +146,11 @@ def make_exporters(
         except Unavailable as error:
             _log.warning("kv transfer: %s is not offered: %s", rung, error.message)
     return tuple(exporters)
+
+
+def _nccl_exporter(
+    storage: KvStorage, host: str, advertise: str | None, timeout_s: float, tls: SocketTls | None
+) -> NcclExporter:
+    if tls is not None:
+        raise Unavailable(_NOT_ENCRYPTED)
+    return NcclExporter(storage, host, advertise=advertise, timeout_s=timeout_s)

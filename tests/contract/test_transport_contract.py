@@ -16,17 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import host_gpu
+import host_nccl
+import nccl_on_one_gpu
 import numpy as np
 import pytest
 import torch
 
 from pdserve.core.config import SecurityConfig
-from pdserve.core.errors import ConfigError
+from pdserve.core.errors import ConfigError, Unavailable
 from pdserve.core.security.cluster_tls import WorkerTls
 from pdserve.core.security.dev_certs import make_certificates
 from pdserve.core.security.tls import SocketTls
 from pdserve.core.types import BlockId, HandoffId, OwnerId
 from pdserve.kvtransfer.gpu.cuda import open_gpu
+from pdserve.kvtransfer.native.build import NativeUnavailable
 from pdserve.kvtransfer.pool.layout import KvLayout
 from pdserve.kvtransfer.pool.pool import KvPool
 from pdserve.kvtransfer.pool.storage import KvStorage
@@ -48,9 +51,10 @@ TIMEOUT_S = 20.0
 SHORT_S = 0.3
 HANDOFF = HandoffId("h1")
 UNTOUCHED = 0xA5
-WAYS = ("inproc", "cuda_ipc", "cuda_ipc+host", "shm", "tcp", "tcp+tls")
+WAYS = ("inproc", "cuda_ipc", "cuda_ipc+host", "nccl", "nccl+host", "shm", "tcp", "tcp+tls")
 """Rungs, and what they run on: "+tls" with certificates, "+host" on a stand-in for a GPU."""
-ON_GPU = frozenset({"cuda_ipc"})
+ON_GPU = frozenset({"cuda_ipc", "nccl"})
+TWO_SIDED = frozenset({"nccl", "tcp"})
 
 
 def content(block: int, layout: KvLayout) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -87,7 +91,10 @@ def make_storage(way: str, layout: KvLayout, num_blocks: int) -> KvStorage:
     transport, _, on = way.partition("+")
     if transport not in ON_GPU:
         return KvStorage(layout, num_blocks)
-    return KvStorage(layout, num_blocks, "cuda", gpu=host_gpu.HostGpu() if on == "host" else None)
+    if way == "nccl":
+        nccl_on_one_gpu.allow()
+    gpu = host_gpu.HostGpu(host_nccl.HostCommunicators()) if on == "host" else None
+    return KvStorage(layout, num_blocks, "cuda", gpu=gpu)
 
 
 class Source:
@@ -265,11 +272,19 @@ async def meet(way: str, place: str, dtype: str, timeout_s: float) -> AsyncItera
 
 def why_not_here(way: str) -> str | None:
     """What this machine lacks for `way`; None if nothing."""
-    if way not in ON_GPU:
+    if way.partition("+")[0] not in ON_GPU:
+        return None
+    if way.endswith("+host"):
+        try:
+            host_gpu.compiled_kernel()
+        except NativeUnavailable as error:
+            return f"the stand-in for a GPU needs a compiler: {error}"
         return None
     try:
-        open_gpu(0)
-    except ConfigError as error:
+        gpu = open_gpu(0)
+        if way == "nccl":
+            gpu.communicators()
+    except (ConfigError, Unavailable) as error:
         return error.message
     return None
 
@@ -280,6 +295,8 @@ INSIDE = tuple(way for way in HERE if way not in ON_GPU)
 """P may be in the tests' own process; CUDA maps other processes' memory only."""
 CHILD = tuple(way for way in HERE if way != "inproc")
 """P may be in another process."""
+TWO_SIDED_INSIDE = [way for way in INSIDE if way in ("nccl+host", "tcp")]
+TWO_SIDED_CHILD = [way for way in CHILD if way in ("nccl", "nccl+host", "tcp")]
 MEETINGS = [(way, "inside") for way in INSIDE] + [(way, "child") for way in CHILD]
 
 
@@ -370,6 +387,7 @@ async def test_a_source_block_reused_during_the_copy_fails_the_fetch(
         copying, method = {
             "inproc": (pair.storage, "write_blocks"),
             "cuda_ipc": (pair.storage.blocks_on_gpu, "scatter"),
+            "nccl": (pair.source.storage.blocks_on_gpu, "gather"),
             "shm": (pair.storage, "write_blocks"),
             "tcp": (pair.source.storage, "read_blocks_into"),
         }[pair.transport]
@@ -458,7 +476,7 @@ async def test_close_ends_outstanding_fetches(pair: Pair) -> None:
     blocks = pair.blocks()
     for block in landed:
         assert np.array_equal(blocks[block], content(block, pair.storage.layout))
-    if pair.transport == "tcp":
+    if pair.transport in TWO_SIDED:
         assert not landed, "nobody served these grants"
 
 
@@ -478,8 +496,9 @@ async def test_a_cancelled_fetch_writes_nothing_afterwards(pair: Pair) -> None:
     assert np.array_equal(pair.blocks()[:39], before[:39])
 
 
-async def test_a_claim_without_a_grant_gets_nothing() -> None:
-    async with meet("tcp", "inside", "float32", SHORT_S) as pair:
+@pytest.mark.parametrize("way", TWO_SIDED_INSIDE)
+async def test_a_claim_without_a_grant_gets_nothing(way: str) -> None:
+    async with meet(way, "inside", "float32", SHORT_S) as pair:
         wrong, served = await asyncio.gather(
             pair.importer.fetch(pair.grant([1], [1], handoff=HandoffId("someone-else"))),
             pair.source.call("serve", pair.grant([1], [1])),
@@ -489,8 +508,9 @@ async def test_a_claim_without_a_grant_gets_nothing() -> None:
         pair.assert_exactly({})
 
 
-async def test_a_claim_of_another_epoch_or_chunk_gets_nothing() -> None:
-    async with meet("tcp", "inside", "float32", SHORT_S) as pair:
+@pytest.mark.parametrize("way", TWO_SIDED_INSIDE)
+async def test_a_claim_of_another_epoch_or_chunk_gets_nothing(way: str) -> None:
+    async with meet(way, "inside", "float32", SHORT_S) as pair:
         reports = await asyncio.gather(
             pair.importer.fetch(pair.grant([1], [1], epoch=2)),
             pair.importer.fetch(pair.grant([1], [1], seq=1)),
@@ -500,8 +520,9 @@ async def test_a_claim_of_another_epoch_or_chunk_gets_nothing() -> None:
         pair.assert_exactly({})
 
 
-async def test_closing_the_exporter_ends_serves_and_fetches_that_wait() -> None:
-    async with meet("tcp", "inside", "float32", TIMEOUT_S) as pair:
+@pytest.mark.parametrize("way", TWO_SIDED_INSIDE)
+async def test_closing_the_exporter_ends_serves_and_fetches_that_wait(way: str) -> None:
+    async with meet(way, "inside", "float32", TIMEOUT_S) as pair:
         assert isinstance((await pair.carry_out(pair.grant([0], [0])))[0], Landed)
         serve = asyncio.ensure_future(pair.source.call("serve", pair.grant([1], [1], seq=1)))
         fetch = asyncio.ensure_future(pair.importer.fetch(pair.grant([2], [2], seq=2)))
@@ -512,16 +533,18 @@ async def test_closing_the_exporter_ends_serves_and_fetches_that_wait() -> None:
         pair.assert_exactly({0: 0})
 
 
-async def test_an_ended_handoff_fails_both_halves_at_once() -> None:
-    async with meet("tcp", "inside", "float32", TIMEOUT_S) as pair:
+@pytest.mark.parametrize("way", TWO_SIDED_INSIDE)
+async def test_an_ended_handoff_fails_both_halves_at_once(way: str) -> None:
+    async with meet(way, "inside", "float32", TIMEOUT_S) as pair:
         serve = asyncio.ensure_future(pair.source.call("serve", pair.grant([1], [1])))
         await asyncio.sleep(0)
         await pair.source.call("forget", HANDOFF)
         assert isinstance(await serve, Failed)
 
 
-async def test_a_stopped_source_fails_the_fetch_within_its_deadline() -> None:
-    async with meet("tcp", "child", "float32", 1.0) as pair:
+@pytest.mark.parametrize("way", TWO_SIDED_CHILD)
+async def test_a_stopped_source_fails_the_fetch_within_its_deadline(way: str) -> None:
+    async with meet(way, "child", "float32", 1.0) as pair:
         assert isinstance(pair.source, Remote)
         assert isinstance((await pair.carry_out(pair.grant([0], [0])))[0], Landed)
         pair.source.signal(signal.SIGSTOP)
@@ -530,8 +553,9 @@ async def test_a_stopped_source_fails_the_fetch_within_its_deadline() -> None:
         assert "1.0 s" in fetched.reason
 
 
-async def test_a_source_killed_while_it_owes_bytes_fails_the_fetch_at_once() -> None:
-    async with meet("tcp", "child", "float32", TIMEOUT_S) as pair:
+@pytest.mark.parametrize("way", TWO_SIDED_CHILD)
+async def test_a_source_killed_while_it_owes_bytes_fails_the_fetch_at_once(way: str) -> None:
+    async with meet(way, "child", "float32", TIMEOUT_S) as pair:
         assert isinstance(pair.source, Remote)
         assert isinstance((await pair.carry_out(pair.grant([0], [0])))[0], Landed)
         fetches = [

@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pdserve.core.errors import Unavailable
 from pdserve.kvtransfer.gpu.base import (
     THREADS,
+    Communicators,
     GpuEvent,
     GpuMemory,
     GpuRows,
@@ -162,7 +164,8 @@ class HostStream:
 class HostGpu:
     """Implements Gpu. `engine` is where a test does what an engine's kernels would."""
 
-    def __init__(self) -> None:
+    def __init__(self, communicators: Communicators | None = None) -> None:
+        self._communicators = communicators
         self.device = torch.device("cpu")
         self.bus_id = "host"
         self.engine = HostStream(None)
@@ -195,3 +198,8 @@ class HostGpu:
 
     def unmap(self, pointer: int) -> None:
         del self.mapped[pointer]
+
+    def communicators(self) -> Communicators:
+        if self._communicators is None:
+            raise Unavailable("this stand-in has no communicators")
+        return self._communicators

@@ -1,0 +1,314 @@
+"""D's half of the nccl transport: claims, posts what P has packed in its own order, scatters what came."""
+
+import asyncio
+import contextlib
+import itertools
+import socket
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from pdserve.core.clock import Clock, MonotonicClock
+from pdserve.core.errors import Unavailable
+from pdserve.kvtransfer.gpu.base import Communicators
+from pdserve.kvtransfer.pool.device_blocks import DeviceBlocks
+from pdserve.kvtransfer.pool.storage import KvStorage
+from pdserve.kvtransfer.transports.base import Failed, Grant, Landed, Offer
+from pdserve.kvtransfer.transports.copying import refusal, settle
+from pdserve.kvtransfer.transports.nccl.link import Link
+from pdserve.kvtransfer.transports.nccl.wire import (
+    TOKEN_BYTES,
+    Claim,
+    Hello,
+    Join,
+    Post,
+    WireError,
+    receive_ready,
+    receive_welcome,
+)
+from pdserve.kvtransfer.transports.tcp.stream import PlainStream, Stream
+from pdserve.kvtransfer.transports.tcp.wire import tune
+
+IDLE_S = 60.0
+"""A communicator that is not used for so long is closed: it holds device memory at both ends."""
+
+
+@dataclass(slots=True)
+class _Pending:
+    """One claim. An outcome of None is: landed; a text: why not."""
+
+    grant: Grant
+    outcome: "asyncio.Future[str | None]"
+    abandoned: bool = False
+    copy: "asyncio.Future[None] | None" = None
+
+    def finish(self, reason: str | None) -> None:
+        if not self.outcome.done():
+            self.outcome.set_result(reason)
+
+
+class _Connection:
+    """An epoch at D, and what is claimed in it. One payload at a time: that is P's credit."""
+
+    def __init__(self, link: Link, blocks: DeviceBlocks, unique_id: bytes) -> None:
+        self._link = link
+        self._blocks = blocks
+        self._tags = itertools.count(1)
+        self._orders = itertools.count(1)
+        self._pending: dict[int, _Pending] = {}
+        self._ready: asyncio.Queue[tuple[int, _Pending]] = asyncio.Queue()
+        self._taking = asyncio.get_running_loop().create_task(self._take_all())
+        link.start(unique_id, 0, self._read, self._fail_all)
+
+    @property
+    def lost(self) -> str | None:
+        return self._link.lost
+
+    @property
+    def idle(self) -> bool:
+        return not self._pending
+
+    async def joined(self) -> None:
+        await self._link.joined()
+
+    async def claim(self, grant: Grant) -> _Pending:
+        """Ask for a grant's blocks. The caller waits for the outcome or abandons it."""
+        tag, pending = next(self._tags), _Pending(grant, asyncio.get_running_loop().create_future())
+        record = Claim(tag, grant.handoff, grant.epoch, grant.seq).pack()
+        if self.lost is not None:
+            raise ConnectionError(self.lost)
+        self._pending[tag] = pending
+        try:
+            await self._link.send(record)
+        except BaseException:
+            pending.abandoned = True
+            raise
+        return pending
+
+    async def abandon(self, pending: _Pending) -> None:
+        """No write for this claim begins from now on, and one that has begun is over when this returns."""
+        pending.abandoned = True
+        if pending.copy is not None:
+            await settle(pending.copy)
+
+    async def close(self, reason: str) -> None:
+        await self._link.close(reason)
+        await asyncio.gather(self._taking, return_exceptions=True)
+
+    def _fail_all(self, reason: str) -> None:
+        self._taking.cancel()
+        for pending in self._pending.values():
+            pending.finish(reason)
+        self._pending.clear()
+
+    async def _read(self, stream: Stream) -> None:
+        while True:
+            ready = await receive_ready(stream)
+            pending = self._pending.get(ready.tag)
+            if pending is None:
+                raise WireError(f"an answer to no claim of this reader: tag {ready.tag}")
+            expected = len(pending.grant.segments) * self._blocks.rows.row_bytes
+            if ready.refused or not expected:
+                del self._pending[ready.tag]
+                pending.finish(ready.refused or None)
+            elif ready.num_bytes != expected:
+                raise WireError(f"{ready.num_bytes} bytes are packed, the grant has {expected}")
+            else:
+                self._ready.put_nowait((ready.tag, pending))
+
+    async def _take_all(self) -> None:
+        """Posts in the order in which P was ready; the link ends at the first failure."""
+        with contextlib.suppress(OSError):
+            await self.joined()
+            while True:
+                await self._take(*await self._ready.get())
+
+    async def _take(self, tag: int, pending: _Pending) -> None:
+        wanted = not pending.abandoned
+        await self._link.send(Post(tag, next(self._orders) if wanted else 0).pack())
+        if wanted:
+            await self._link.in_thread(lambda: self._receive(pending.grant))
+            if not pending.abandoned:
+                copy = self._link.in_thread(lambda: self._scatter(pending.grant))
+                pending.copy = asyncio.ensure_future(copy)
+                await settle(pending.copy)
+                pending.copy.result()
+        self._pending.pop(tag, None)
+        pending.finish(None)
+
+    def _receive(self, grant: Grant) -> None:
+        """In the link's thread."""
+        epoch = self._link.epoch
+        epoch.receive(epoch.staged(len(grant.segments), self._blocks.rows.row_bytes))
+
+    def _scatter(self, grant: Grant) -> None:
+        """In the link's thread, to its end: what was received last, to the grant's destinations."""
+        epoch, count = self._link.epoch, len(grant.segments)
+        staged = epoch.staged(count, self._blocks.rows.row_bytes)
+        destinations = [segment.destination for segment in grant.segments]
+        self._blocks.scatter(epoch.stream, staged, range(count), destinations)
+        epoch.stream.record().wait()
+
+
+class NcclImporter:
+    """One peer, connected when it is first needed, and again by the next fetch whenever that was lost."""
+
+    transport = "nccl"
+
+    def __init__(
+        self,
+        storage: KvStorage,
+        offer: Offer,
+        *,
+        timeout_s: float = 10.0,
+        clock: Clock | None = None,
+        idle_s: float = IDLE_S,
+    ) -> None:
+        """Raises Unavailable for an offer of another layout, or where this worker has no NCCL."""
+        blocks, parameters = storage.blocks_on_gpu, offer.parameters
+        if blocks is None:
+            raise Unavailable(f"nccl lands on a GPU, this pool is on {storage.device}")
+        try:
+            self._address = (parameters["host"], int(parameters["port"]))
+            self._token = bytes.fromhex(parameters["token"])
+            layout = bytes.fromhex(parameters["layout"])
+        except (KeyError, ValueError) as error:
+            raise Unavailable(f"an nccl offer is not understood: {type(error).__name__}: {error}") from error
+        if len(self._token) != TOKEN_BYTES or layout != storage.layout.fingerprint():
+            raise Unavailable("the offered pool has another block layout; use a transport that converts")
+        self._communicators: Communicators = blocks.gpu.communicators()
+        self._blocks = blocks
+        self._block_tokens = storage.layout.block_tokens
+        self._timeout_s = timeout_s
+        self._idle_s = idle_s
+        self._clock = clock or MonotonicClock()
+        self._connection: _Connection | None = None
+        self._opening: asyncio.Task[_Connection] | None = None
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._epochs = 0
+        self._closed = False
+
+    @property
+    def epochs(self) -> int:
+        """How many communicators were begun for the pair, since the start."""
+        return self._epochs
+
+    async def warm_up(self) -> None:
+        """Connect and join: tens of milliseconds. Raises OSError (a timeout is one) where that fails."""
+        await self._connected()
+        self._watch_idleness()
+
+    async def fetch(self, grant: Grant) -> Landed | Failed:
+        started, rows = self._clock.now(), self._blocks.rows
+        reason = refusal(grant, sources=None, destinations=rows.num_rows, block_tokens=self._block_tokens)
+        if reason is None:
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    reason = await self._fetch(grant)
+            except TimeoutError:
+                reason = f"nothing complete arrived within {self._timeout_s} s"
+            except OSError as error:
+                reason = f"the source was lost: {error}"
+            self._watch_idleness()
+        if reason is not None:
+            return Failed(grant.handoff, grant.epoch, grant.seq, reason)
+        num_bytes = len(grant.segments) * rows.row_bytes
+        return Landed(grant.handoff, grant.epoch, grant.seq, num_bytes, self._clock.now() - started)
+
+    async def close(self) -> None:
+        """Idempotent. Fetches that wait fail, writes that have begun are over when this returns."""
+        self._closed = True
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+        if self._opening is not None:
+            self._opening.cancel()
+            await asyncio.gather(self._opening, return_exceptions=True)
+        if self._connection is not None:
+            await self._connection.close("the importer is closed")
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _fetch(self, grant: Grant) -> str | None:
+        """Why the blocks must not be used, None if they landed."""
+        connection = await self._connected()
+        pending = await connection.claim(grant)
+        try:
+            return await pending.outcome
+        finally:
+            await connection.abandon(pending)
+
+    async def _connected(self) -> _Connection:
+        """The connection, opened by whoever needs it first, in a task that `close` can end."""
+        if self._closed:
+            raise ConnectionError("the importer is closed")
+        if self._connection is not None and self._connection.lost is None:
+            return self._connection
+        if self._opening is None or self._opening.done():
+            self._opening = asyncio.get_running_loop().create_task(self._open())
+        opening = self._opening
+        await asyncio.wait({opening})
+        if opening.cancelled():
+            raise ConnectionError("the importer is closed")
+        return opening.result()
+
+    async def _open(self) -> _Connection:
+        """A new epoch; the one before has ended at this side by then."""
+        if self._connection is not None:
+            await self._connection.close("its epoch is over")
+            self._connection = None
+        self._epochs += 1
+        async with asyncio.timeout(self._timeout_s):
+            stream, unique_id = await self._connect()
+        gpu, clock = self._blocks.gpu, self._clock
+        link = Link("kv-nccl-in", stream, gpu, self._communicators, clock, self._timeout_s)
+        connection = _Connection(link, self._blocks, unique_id)
+        try:
+            await connection.joined()
+        except BaseException:
+            await connection.close("it was given up before the peer joined")
+            raise
+        self._connection = connection
+        return connection
+
+    async def _connect(self) -> tuple[Stream, bytes]:
+        """A socket on which P has welcomed this epoch, and the name under which both join."""
+        loop = asyncio.get_running_loop()
+        host, port = self._address
+        family, kind, protocol, _, address = (await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))[0]
+        sock = socket.socket(family, kind, protocol)
+        with contextlib.ExitStack() as stack:
+            stack.callback(sock.close)
+            tune(sock, self._timeout_s)
+            await loop.sock_connect(sock, address)
+            stream = PlainStream(sock)
+            hello = Hello(self._token, self._epochs, self._communicators.version)
+            await stream.send(hello.pack())
+            welcome = await receive_welcome(stream)
+            if welcome.refused:
+                raise ConnectionError(f"the source refused this reader: {welcome.refused}")
+            # Only now: NCCL keeps a thread for every name under which two have not met.
+            try:
+                unique_id = await asyncio.to_thread(self._communicators.unique_id)
+            except RuntimeError as error:
+                raise ConnectionError(str(error)) from error
+            await stream.send(Join(unique_id).pack())
+            stack.pop_all()
+        return stream, unique_id
+
+    def _watch_idleness(self) -> None:
+        """Close the communicator `idle_s` after the last use, if there is none by then."""
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+        if not self._closed:
+            self._idle_timer = asyncio.get_running_loop().call_later(self._idle_s, self._close_idle)
+
+    def _close_idle(self) -> None:
+        if self._connection is not None and self._connection.idle:
+            self._spawn(self._connection.close("it was idle"))
+        else:
+            self._watch_idleness()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
