@@ -6,6 +6,30 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class OffersRequest(_message.Message):
+    __slots__ = ("schema", "representation", "transports", "decode_worker", "decode_incarnation", "prefill_incarnation")
+    SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    REPRESENTATION_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_WORKER_FIELD_NUMBER: _ClassVar[int]
+    DECODE_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    schema: bytes
+    representation: Representation
+    transports: _containers.RepeatedScalarFieldContainer[str]
+    decode_worker: str
+    decode_incarnation: str
+    prefill_incarnation: str
+    def __init__(self, schema: _Optional[bytes] = ..., representation: _Optional[_Union[Representation, _Mapping]] = ..., transports: _Optional[_Iterable[str]] = ..., decode_worker: _Optional[str] = ..., decode_incarnation: _Optional[str] = ..., prefill_incarnation: _Optional[str] = ...) -> None: ...
+
+class OffersReply(_message.Message):
+    __slots__ = ("offers", "rejected")
+    OFFERS_FIELD_NUMBER: _ClassVar[int]
+    REJECTED_FIELD_NUMBER: _ClassVar[int]
+    offers: _containers.RepeatedCompositeFieldContainer[TransportOffer]
+    rejected: HandoffRejected
+    def __init__(self, offers: _Optional[_Iterable[_Union[TransportOffer, _Mapping]]] = ..., rejected: _Optional[_Union[HandoffRejected, _Mapping]] = ...) -> None: ...
+
 class DecodeMessage(_message.Message):
     __slots__ = ("open", "grant", "release", "abort", "heartbeat")
     OPEN_FIELD_NUMBER: _ClassVar[int]

@@ -39,6 +39,11 @@ class HandoffStub:
                 request_serializer=pdserve_dot_proto_dot_handoff__pb2.DecodeMessage.SerializeToString,
                 response_deserializer=pdserve_dot_proto_dot_handoff__pb2.PrefillMessage.FromString,
                 _registered_method=True)
+        self.Offers = channel.unary_unary(
+                '/pdserve.v1.Handoff/Offers',
+                request_serializer=pdserve_dot_proto_dot_handoff__pb2.OffersRequest.SerializeToString,
+                response_deserializer=pdserve_dot_proto_dot_handoff__pb2.OffersReply.FromString,
+                _registered_method=True)
 
 
 class HandoffServicer:
@@ -50,6 +55,13 @@ class HandoffServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Offers(self, request, context):
+        """Before any request: how could P serve this D? Keeps nothing at P.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_HandoffServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -57,6 +69,11 @@ def add_HandoffServicer_to_server(servicer, server):
                     servicer.Handoff,
                     request_deserializer=pdserve_dot_proto_dot_handoff__pb2.DecodeMessage.FromString,
                     response_serializer=pdserve_dot_proto_dot_handoff__pb2.PrefillMessage.SerializeToString,
+            ),
+            'Offers': grpc.unary_unary_rpc_method_handler(
+                    servicer.Offers,
+                    request_deserializer=pdserve_dot_proto_dot_handoff__pb2.OffersRequest.FromString,
+                    response_serializer=pdserve_dot_proto_dot_handoff__pb2.OffersReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -86,6 +103,33 @@ class Handoff:
             '/pdserve.v1.Handoff/Handoff',
             pdserve_dot_proto_dot_handoff__pb2.DecodeMessage.SerializeToString,
             pdserve_dot_proto_dot_handoff__pb2.PrefillMessage.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Offers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdserve.v1.Handoff/Offers',
+            pdserve_dot_proto_dot_handoff__pb2.OffersRequest.SerializeToString,
+            pdserve_dot_proto_dot_handoff__pb2.OffersReply.FromString,
             options,
             channel_credentials,
             insecure,

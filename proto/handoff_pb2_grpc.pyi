@@ -32,11 +32,15 @@ class HandoffStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> HandoffAsyncStub: ...
     Handoff: _grpc.StreamStreamMultiCallable[_handoff_pb2.DecodeMessage, _handoff_pb2.PrefillMessage]
+    Offers: _grpc.UnaryUnaryMultiCallable[_handoff_pb2.OffersRequest, _handoff_pb2.OffersReply]
+    """Before any request: how could P serve this D? Keeps nothing at P."""
 
 @_typing.type_check_only
 class HandoffAsyncStub(HandoffStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Handoff: _aio.StreamStreamMultiCallable[_handoff_pb2.DecodeMessage, _handoff_pb2.PrefillMessage]  # type: ignore[assignment]
+    Offers: _aio.UnaryUnaryMultiCallable[_handoff_pb2.OffersRequest, _handoff_pb2.OffersReply]  # type: ignore[assignment]
+    """Before any request: how could P serve this D? Keeps nothing at P."""
 
 class HandoffServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -45,5 +49,13 @@ class HandoffServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_handoff_pb2.DecodeMessage],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_handoff_pb2.PrefillMessage], _abc.AsyncIterator[_handoff_pb2.PrefillMessage]]: ...
+
+    @_abc_1.abstractmethod
+    def Offers(
+        self,
+        request: _handoff_pb2.OffersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_handoff_pb2.OffersReply, _abc.Awaitable[_handoff_pb2.OffersReply]]:
+        """Before any request: how could P serve this D? Keeps nothing at P."""
 
 def add_HandoffServicer_to_server(servicer: HandoffServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

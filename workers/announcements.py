@@ -11,6 +11,7 @@ from pdserve.kvtransfer.index.announcer import CacheAnnouncer
 from pdserve.kvtransfer.index.base import IndexUnavailable, LocationIndex
 from pdserve.kvtransfer.index.link import RedisLink
 from pdserve.kvtransfer.index.membership import Membership, Standing
+from pdserve.kvtransfer.index.membership_view import MembershipView
 from pdserve.kvtransfer.index.memory import MemoryIndex
 from pdserve.kvtransfer.index.memory_membership import MemoryMembership
 from pdserve.kvtransfer.index.redis_index import RedisIndex
@@ -44,6 +45,8 @@ class Announcements:
         else:
             self._index = RedisIndex(self._link, config.timeout_s)
             self._membership = RedisMembership(self._link, config.ttl_s)
+        self.view = MembershipView(self._membership, config.heartbeat_s, config.ttl_s, clock, sweeps=False)
+        """Who else is there. Whoever starts it stops it, before `stop`."""
         self._announced: WorkerRecord | None = None
         first = record()
         self._announcer = CacheAnnouncer(self._index, first.worker, first.incarnation, first.dtype, snapshot)

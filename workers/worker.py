@@ -44,6 +44,8 @@ from pdserve.workers.engine.engine import Engine
 from pdserve.workers.engine.engine_model import EngineModel
 from pdserve.workers.engine.torch_runner import TorchRunner
 from pdserve.workers.model_host import ModelHost
+from pdserve.workers.peers import PeerMeetings
+from pdserve.workers.prefill_lessons import PrefillLessons
 from pdserve.workers.prefill_role import EngineFiller
 from pdserve.workers.seams import Seams
 from pdserve.workers.servicer import WorkerServicer
@@ -122,6 +124,18 @@ class Worker:
             session_config=spec.session,
             clock=self.clock,
             observer=seams.observer,
+            first_token=PrefillLessons(
+                self._perf,
+                chunk_tokens=spec.engine.chunk_tokens,
+                block_bytes=model.storage.layout.block_bytes,
+            ).first_token,
+        )
+        self._peers = PeerMeetings(
+            record=self.record,
+            view=self._announcements.view,
+            meet=self.handoffs.meet,
+            part=self.handoffs.part,
+            most=self._importers.capacity,
         )
         self.limits = DecodeLimits.of(self._record)
         self._failure: PdserveError | None = None
@@ -141,12 +155,13 @@ class Worker:
         return self._record
 
     async def start(self) -> None:
-        """Listen and announce; returns when requests can be served."""
+        """Listen, meet the prefill workers, announce; returns when requests can be served."""
         await asyncio.to_thread(load_kernel)  # built here where the machine has not: no request waits for it
         await self.engine.start()
         self.dispatcher.start()
         await self.prefill.start()
         await self._server.start()
+        await self._peers.start()
         await self._announcements.start()
         self._ready_at = self.clock.now()
         log.info("ready as %s at %s", self.incarnation, self._record.endpoint)
@@ -171,6 +186,7 @@ class Worker:
             steps.callback(self._servicer.close_sessions)
             steps.push_async_callback(self._end_requests)
             steps.push_async_callback(self._announcements.stop)
+            steps.push_async_callback(self._peers.stop)
 
     async def drain(self, grace_s: float) -> int:
         """Take nothing new; finish exposed handoffs and streams within `grace_s`, then fail the rest.
@@ -188,6 +204,7 @@ class Worker:
         """Spend another share of the token budget on prefill; what runs stays."""
         self.engine.set_role_weight(weight)
         self._record = dataclasses.replace(self._record, role_weight=weight)
+        self._peers.look()
         await self._announce()
 
     def break_sessions(self) -> None:
@@ -214,6 +231,8 @@ class Worker:
         return WorkerLoad(
             queued_prefill_tokens=stats.queued_prefill_tokens,
             queued_prefills=stats.queued_prefills,
+            prefills=stats.prefills,
+            prefill_busy_s=stats.prefill_busy_s,
             running=stats.running,
             waiting=stats.waiting,
             context_tokens=stats.context_tokens,
@@ -223,7 +242,7 @@ class Worker:
             total_blocks=counts.total,
             progress=stats.progress,
             perf_model=dict(stats.perf),
-            ways=dict(self._importers.ways()),
+            ways={str(peer): transport for peer, transport in self._importers.ways().items()},
         )
 
     def use(self) -> WorkerUse:

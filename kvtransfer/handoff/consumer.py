@@ -11,11 +11,12 @@ import grpc
 from pdserve.core.channel_options import CHANNEL_OPTIONS
 from pdserve.core.clock import Clock
 from pdserve.core.config import HandoffConfig
-from pdserve.core.errors import InternalError, InvalidRequest
+from pdserve.core.errors import InternalError, InvalidRequest, Unavailable
 from pdserve.core.perfmodel import PerfModel
 from pdserve.core.security.tls import ClientTls
 from pdserve.core.types import HandoffId, Incarnation, WorkerId
 from pdserve.core.worker_record import WorkerRecord
+from pdserve.kvtransfer.handoff import wire
 from pdserve.kvtransfer.handoff.ask import Committed, HandoffAsk, HandoffPeer, NotServed
 from pdserve.kvtransfer.handoff.decode_attempt import DecodeAttempt
 from pdserve.kvtransfer.handoff.decode_site import DecodeSite, Importers
@@ -26,6 +27,7 @@ from pdserve.kvtransfer.handoff.states import Outcome
 from pdserve.kvtransfer.pool.pool import KvPool
 from pdserve.kvtransfer.pool.storage import KvStorage
 from pdserve.kvtransfer.transports.base import accepted
+from pdserve.proto import handoff_pb2_grpc
 from pdserve.proto.connections import connect
 
 __all__ = ["Committed", "DecodeHandoffs", "HandoffAsk", "HandoffPeer", "NotServed"]
@@ -180,6 +182,41 @@ class DecodeHandoffs:
             del self._attempts[attempt.handoff]
         await self._let_go(attempt)
 
+    async def meet(self, peer: HandoffPeer, timeout_s: float) -> str:
+        """Connect to `peer` ahead of the first handoff from it; returns the transport.
+
+        Raises Unavailable where that is not possible, or takes longer than `timeout_s` seconds.
+        """
+        site, record = self._site, self._site.record()
+        asked = wire.OffersRequest(
+            schema=bytes.fromhex(record.schema),
+            layout=site.storage.layout,
+            transports=site.transports,
+            decode_worker=record.worker,
+            decode_incarnation=record.incarnation,
+            prefill_incarnation=peer.incarnation,
+        )
+        try:
+            async with asyncio.timeout(timeout_s):
+                with self._channel(peer.endpoint) as channel:
+                    stub = handoff_pb2_grpc.HandoffStub(channel)
+                    offers = wire.unpack_offers(await stub.Offers(wire.pack_offers_request(asked)))
+                if isinstance(offers, wire.Rejection):
+                    raise Unavailable(f"{peer.worker} and {record.worker} do not pair: {offers.reason}")
+                importer = await site.importers.get(peer.worker, peer.incarnation, offers)
+        except TimeoutError as error:
+            raise Unavailable(f"{peer.worker} did not answer within {timeout_s:g} s") from error
+        except (grpc.aio.AioRpcError, OSError, ValueError) as error:
+            raise Unavailable(f"{peer.worker} cannot be met: {error}") from error
+        if importer is None:
+            raise Unavailable(f"no transport to {peer.worker}: none that it offers is in reach")
+        return importer.transport
+
+    async def part(self, worker: WorkerId, incarnation: Incarnation) -> None:
+        """This start of a worker is gone for good: let go of what leads to it, behind the last handoff."""
+        self._lost.add((worker, incarnation))
+        await self._drop_lost((worker, incarnation))
+
     async def _let_go(self, ended: DecodeAttempt) -> None:
         """Close the way to a peer that was lost, behind the last handoff that may use it.
 
@@ -189,6 +226,9 @@ class DecodeHandoffs:
         result = ended.result.result() if ended.result.done() else None
         if isinstance(result, NotServed) and result.reason is Outcome.LOST:
             self._lost.add(pair)
+        await self._drop_lost(pair)
+
+    async def _drop_lost(self, pair: tuple[WorkerId, Incarnation]) -> None:
         in_use = any((at.peer.worker, at.peer.incarnation) == pair for at in self._attempts.values())
         if pair in self._lost and not in_use:
             self._lost.remove(pair)

@@ -167,6 +167,17 @@ class HandoffServicer(handoff_pb2_grpc.HandoffServicer):
             reader.cancel()
             session.feed(StreamClosed("D left"))
 
+    async def Offers(self, request: pb.OffersRequest, context: Any) -> pb.OffersReply:
+        """A D that has no request yet makes its importer: nothing is kept for it here."""
+        try:
+            asked = wire.unpack_offers_request(request)
+        except (ValueError, ConfigError) as error:
+            refusal = wire.Rejection(Outcome.SCHEMA, f"the question is not understood: {error}")
+            return wire.pack_offers(refusal)
+        unfit = self._unfit(asked)
+        offers = [exporter.offer() for exporter in self._site.exporters.values()]
+        return wire.pack_offers(unfit or wire.offers_among(offers, asked.transports))
+
     def _begin(self, asked: wire.OpenRequest, refusal: wire.Rejection | None) -> PrefillSession:
         session = self._sessions[asked.handoff] = PrefillSession(self._site, asked)
         task = asyncio.create_task(self._live(session), name=f"export-{asked.handoff}")
@@ -182,8 +193,8 @@ class HandoffServicer(handoff_pb2_grpc.HandoffServicer):
             self._site.queue.leave(session.handoff)
             del self._sessions[session.handoff]
 
-    def _refusal(self, asked: wire.OpenRequest) -> wire.Rejection | None:
-        """Why this worker cannot serve that reader; None if it can."""
+    def _unfit(self, asked: wire.OpenRequest | wire.OffersRequest) -> wire.Rejection | None:
+        """Why these two can never pair; None if they can."""
         record, layout = self._site.record(), self._site.storage.layout
         if asked.prefill_incarnation != record.incarnation:
             was = asked.prefill_incarnation
@@ -196,6 +207,13 @@ class HandoffServicer(handoff_pb2_grpc.HandoffServicer):
             )
         if asked.layout != layout:
             return wire.Rejection(Outcome.SCHEMA, f"D keeps {asked.layout}, {record.worker} keeps {layout}")
+        return None
+
+    def _refusal(self, asked: wire.OpenRequest) -> wire.Rejection | None:
+        """Why this worker cannot serve that reader; None if it can."""
+        record = self._site.record()
+        if (unfit := self._unfit(asked)) is not None:
+            return unfit
         if len(asked.chain) != len(asked.token_ids) // BLOCK_TOKENS or not asked.token_ids:
             return wire.Rejection(
                 Outcome.SCHEMA,

@@ -1,6 +1,6 @@
 """Between handoff messages and core values: the only file that knows both."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from pdserve.core.types import BlockId, BlockName, HandoffId, Incarnation, RequestId, WorkerId
@@ -87,24 +87,51 @@ class FilledReply:
     prefix: FetchedPrefix | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class OffersRequest:
+    """Which pair D means to make, before any request."""
+
+    schema: bytes
+    layout: KvLayout
+    transports: tuple[str, ...]
+    decode_worker: WorkerId
+    decode_incarnation: Incarnation
+    prefill_incarnation: Incarnation
+
+
 # D to P
 
 
+def pack_offers_request(request: OffersRequest) -> pb.OffersRequest:
+    return pb.OffersRequest(
+        schema=request.schema,
+        representation=_pack_layout(request.layout),
+        transports=request.transports,
+        decode_worker=request.decode_worker,
+        decode_incarnation=request.decode_incarnation,
+        prefill_incarnation=request.prefill_incarnation,
+    )
+
+
+def unpack_offers_request(message: pb.OffersRequest) -> OffersRequest:
+    """Raises ValueError or ConfigError for what no D of this protocol sends."""
+    return OffersRequest(
+        schema=message.schema,
+        layout=_unpack_layout(message.representation),
+        transports=tuple(message.transports),
+        decode_worker=WorkerId(message.decode_worker),
+        decode_incarnation=Incarnation(message.decode_incarnation),
+        prefill_incarnation=Incarnation(message.prefill_incarnation),
+    )
+
+
 def pack_open(request: OpenRequest) -> pb.DecodeMessage:
-    layout = request.layout
     return pb.DecodeMessage(
         open=pb.HandoffOpen(
             handoff_id=request.handoff,
             request_id=request.request,
             schema=request.schema,
-            representation=pb.Representation(
-                dtype=layout.dtype,
-                tp=1,
-                num_layers=layout.num_layers,
-                num_kv_heads=layout.num_kv_heads,
-                head_dim=layout.head_dim,
-                block_tokens=layout.block_tokens,
-            ),
+            representation=_pack_layout(request.layout),
             token_ids=pack_tokens(request.token_ids),
             chain=pack_chain(request.chain),
             remaining_s=request.remaining_s,
@@ -121,18 +148,13 @@ def pack_open(request: OpenRequest) -> pb.DecodeMessage:
 
 def unpack_open(message: pb.HandoffOpen) -> OpenRequest:
     """Raises ValueError or ConfigError for what no D of this protocol sends."""
-    kept = message.representation
-    if kept.tp != 1:
-        raise ValueError(f"tensor parallel size {kept.tp} was asked for; this worker serves 1")
     if len(message.token_ids) % 4:
         raise ValueError(f"token ids take 4 bytes each, got {len(message.token_ids)} bytes")
     return OpenRequest(
         handoff=HandoffId(message.handoff_id),
         request=RequestId(message.request_id),
         schema=message.schema,
-        layout=KvLayout(
-            kept.num_layers, kept.num_kv_heads, kept.head_dim, kept.dtype, block_tokens=kept.block_tokens
-        ),
+        layout=_unpack_layout(message.representation),
         token_ids=unpack_tokens(message.token_ids),
         chain=unpack_chain(message.chain),
         remaining_s=message.remaining_s if message.HasField("remaining_s") else None,
@@ -192,7 +214,7 @@ def pack_opened(reply: OpenedReply) -> pb.PrefillMessage:
         opened=pb.HandoffOpened(
             estimate_s=reply.estimate_s,
             queue_position=reply.queue_position,
-            offers=[pb.TransportOffer(transport=o.transport, parameters=o.parameters) for o in reply.offers],
+            offers=_pack_offers(reply.offers),
             prefill_worker=reply.worker,
             prefill_incarnation=reply.incarnation,
             prefill_pid=reply.pid,
@@ -205,12 +227,25 @@ def unpack_opened(message: pb.HandoffOpened) -> OpenedReply:
     return OpenedReply(
         estimate_s=message.estimate_s,
         queue_position=message.queue_position,
-        offers=tuple(Offer(o.transport, dict(o.parameters)) for o in message.offers),
+        offers=_unpack_offers(message.offers),
         worker=WorkerId(message.prefill_worker),
         incarnation=Incarnation(message.prefill_incarnation),
         pid=message.prefill_pid,
         cached_blocks=message.cached_blocks,
     )
+
+
+def pack_offers(offers: Sequence[Offer] | Rejection) -> pb.OffersReply:
+    if isinstance(offers, Rejection):
+        return pb.OffersReply(rejected=pack_rejected(offers).rejected)
+    return pb.OffersReply(offers=_pack_offers(offers))
+
+
+def unpack_offers(message: pb.OffersReply) -> tuple[Offer, ...] | Rejection:
+    """Raises ValueError for an outcome that is no rejection."""
+    if message.HasField("rejected"):
+        return unpack_rejected(message.rejected)
+    return _unpack_offers(message.offers)
 
 
 def pack_rejected(rejection: Rejection) -> pb.PrefillMessage:
@@ -325,3 +360,31 @@ def offers_among(offers: Sequence[Offer], asked: Sequence[str]) -> tuple[Offer, 
 def with_digests(chunk: Chunk, digests: bytes) -> Chunk:
     """The same chunk, with its digests."""
     return replace(chunk, digests=digests)
+
+
+def _pack_offers(offers: Sequence[Offer]) -> list[pb.TransportOffer]:
+    return [pb.TransportOffer(transport=offer.transport, parameters=offer.parameters) for offer in offers]
+
+
+def _unpack_offers(messages: Iterable[pb.TransportOffer]) -> tuple[Offer, ...]:
+    return tuple(Offer(message.transport, dict(message.parameters)) for message in messages)
+
+
+def _pack_layout(layout: KvLayout) -> pb.Representation:
+    return pb.Representation(
+        dtype=layout.dtype,
+        tp=1,
+        num_layers=layout.num_layers,
+        num_kv_heads=layout.num_kv_heads,
+        head_dim=layout.head_dim,
+        block_tokens=layout.block_tokens,
+    )
+
+
+def _unpack_layout(kept: pb.Representation) -> KvLayout:
+    """Raises ValueError or ConfigError for what no worker of this protocol keeps."""
+    if kept.tp != 1:
+        raise ValueError(f"tensor parallel size {kept.tp} was asked for; this worker serves 1")
+    return KvLayout(
+        kept.num_layers, kept.num_kv_heads, kept.head_dim, kept.dtype, block_tokens=kept.block_tokens
+    )

@@ -26,8 +26,16 @@ class MembershipView:
     """
 
     def __init__(
-        self, membership: Membership, poll_s: float = 0.5, ttl_s: float = 3.0, clock: Clock | None = None
+        self,
+        membership: Membership,
+        poll_s: float = 0.5,
+        ttl_s: float = 3.0,
+        clock: Clock | None = None,
+        *,
+        sweeps: bool = True,
     ) -> None:
+        """`sweeps`: whether this observer also clears the index of those who left. Some should, not all."""
+        self._sweeps = sweeps
         self._membership = membership
         self._poll_s = poll_s
         self._ttl_s = ttl_s
@@ -124,7 +132,7 @@ class MembershipView:
 
     async def _sweep_when_due(self) -> None:
         now = self._clock.now()
-        if now < self._sweep_at or now < self._patient_until:
+        if not self._sweeps or now < self._sweep_at or now < self._patient_until:
             return
         self._sweep_at = now + self._ttl_s
         with contextlib.suppress(IndexUnavailable):  # the next poll finds out, and the next sweep does it

@@ -59,7 +59,7 @@ class ImporterCache:
     ) -> None:
         self._storage = storage
         self._allowed = ordered(allowed)
-        self._capacity = capacity
+        self.capacity = capacity
         self._timeout_s = timeout_s
         self._tls = tls
         self._ways: OrderedDict[_Pair, Way] = OrderedDict()
@@ -155,7 +155,7 @@ class ImporterCache:
         pairs = list(self._ways)
         old = [other for other in pairs if other[0] == peer[0] and other[1] != peer[1]]
         rest = [other for other in pairs if other not in old]
-        await self._close(old + rest[: max(0, len(rest) - self._capacity)])
+        await self._close(old + rest[: max(0, len(rest) - self.capacity)])
 
     def _learn(self, peer: _Peer) -> _Experience:
         """What is known of the peer, with the newest verdicts on its ways."""
@@ -163,7 +163,7 @@ class ImporterCache:
             del self._experience[old]
         experience = self._experience.setdefault(peer, _Experience())
         self._experience.move_to_end(peer)
-        while len(self._experience) > self._capacity:
+        while len(self._experience) > self.capacity:
             self._experience.popitem(last=False)
         self._note_verdicts([pair for pair in self._ways if pair[:2] == peer])
         return experience
