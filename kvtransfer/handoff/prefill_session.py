@@ -276,13 +276,16 @@ class PrefillSession(Shell[PrefillHandoff, pb.PrefillMessage]):
 
     def _plan_prefix(self) -> PrefixPlan | None:
         prefixes = self._site.prefixes
-        return None if prefixes is None or self._asked.held_only else prefixes.plan(self._prefix_ask())
+        return None if prefixes is None else prefixes.plan(self._prefix_ask())
 
     async def _fetch_prefix(self) -> None:
-        """Before the engine sees the prompt: what another worker holds, where that is cheaper."""
+        """Before the engine sees the prompt: what another worker holds, where that is cheaper.
+
+        Nothing where only what is held was asked for: all of it is pinned, so nobody holds more.
+        """
         prefixes = self._site.prefixes
-        if prefixes is None or self._asked.held_only:
-            return  # who is asked for what is held asks nobody else
+        if prefixes is None:
+            return
         self._fetching_prefix = True
         try:
             self._prefix = await self._unless_stopped(prefixes.fetch(self._prefix_ask()))

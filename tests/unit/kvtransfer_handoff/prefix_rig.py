@@ -8,7 +8,7 @@ import grpc
 import numpy as np
 from handoff_rig import (
     LAYOUT,
-    QUICK,
+    PATIENT,
     ROOT,
     SCHEMA,
     HeldImporter,
@@ -50,7 +50,7 @@ DEAR = {"prefill/step_seconds": 100.0, "prefill/token_seconds": 1.0, "prefill/at
 CHEAP = {"prefill/step_seconds": 0.0, "prefill/token_seconds": 0.0, "prefill/attention_seconds": 0.0}
 """And one by which nothing is worth a fetch."""
 
-PATIENT = {**DEAR, "handoff/tcp/fixed_seconds": 20.0, "handoff/shm/fixed_seconds": 20.0}
+SLOW_WAY = {**DEAR, "handoff/tcp/fixed_seconds": 20.0, "handoff/shm/fixed_seconds": 20.0}
 """Fetches may take a minute, so that a test decides how they end."""
 
 
@@ -63,7 +63,7 @@ class Mate:
         *,
         blocks: int = 32,
         perf: dict[str, float] = DEAR,
-        config: HandoffConfig = QUICK,
+        config: HandoffConfig = PATIENT,
         transport: str = "shm",
     ) -> None:
         self.name = name

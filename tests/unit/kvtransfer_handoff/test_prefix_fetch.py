@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 from handoff_rig import QUICK, ROOT, HeldImporter, Wire, content
-from prefix_rig import CHEAP, PATIENT, Mate, mates
+from prefix_rig import CHEAP, SLOW_WAY, Mate, mates
 
 from pdserve.core.lifecycle import Lifecycle
 from pdserve.core.types import BLOCK_TOKENS, HandoffId, OwnerId
@@ -17,9 +17,6 @@ from pdserve.kvtransfer.names import chain
 
 PROMPT = tuple(range(100, 170))
 """70 tokens: 4 full blocks that a hit may cover."""
-
-SLOW_PEERS = dataclasses.replace(QUICK, silence_s=20.0)
-"""Nobody is suspected for being slow."""
 
 
 def cut(importer: HeldImporter) -> None:
@@ -172,7 +169,7 @@ async def test_a_prefix_overtakes_nobody_who_waits_for_memory() -> None:
 
 
 async def test_bytes_that_changed_at_the_holder_are_never_named_here() -> None:
-    holder, here = Mate("holder", config=SLOW_PEERS), Mate("here", perf=PATIENT, config=SLOW_PEERS)
+    holder, here = Mate("holder"), Mate("here", perf=SLOW_WAY)
     async with mates(holder, here):
         holder.hold(PROMPT)
         here.prepare = cut
@@ -191,7 +188,7 @@ async def test_bytes_that_changed_at_the_holder_are_never_named_here() -> None:
 
 
 async def test_a_holder_lost_in_mid_fetch_leaves_nothing_behind() -> None:
-    holder, here, wire = Mate("holder"), Mate("here", perf=PATIENT), Wire()
+    holder, here, wire = Mate("holder"), Mate("here", perf=SLOW_WAY), Wire()
     async with mates(holder, here):
         port = await wire.start(holder.port)
         holder.hold(PROMPT)
@@ -213,7 +210,7 @@ async def test_a_holder_lost_in_mid_fetch_leaves_nothing_behind() -> None:
 
 async def test_a_holder_that_is_silent_is_given_up_within_the_fetchs_own_time() -> None:
     """By its model the fetch takes milliseconds: the stream's watch, with its seconds, is not waited for."""
-    holder, here, wire = Mate("holder"), Mate("here", config=SLOW_PEERS), Wire()
+    holder, here, wire = Mate("holder"), Mate("here"), Wire()
     async with mates(holder, here):
         port = await wire.start(holder.port)
         holder.hold(PROMPT)
@@ -234,7 +231,7 @@ STAGES = (Lifecycle.RESERVED, Lifecycle.CHUNK_LANDED, Lifecycle.VERIFIED, Lifecy
 
 @pytest.mark.parametrize("stage", [None, *STAGES])
 async def test_a_cancel_at_any_moment_leaves_both_pools_balanced(stage: Lifecycle | None) -> None:
-    holder, here = Mate("holder"), Mate("here", perf=PATIENT)
+    holder, here = Mate("holder"), Mate("here", perf=SLOW_WAY)
     async with mates(holder, here):
         holder.hold(PROMPT)
         task = asyncio.create_task(here.prefixes.fetch(here.prefix_ask(PROMPT, holder.holder(4))))
@@ -321,7 +318,7 @@ def evict(worker: Mate) -> None:
 
 async def test_opened_is_not_held_up_by_the_fetch_and_d_does_not_suspect_p_meanwhile() -> None:
     """P's engine stands still: it has nothing to do yet."""
-    d, p, holder = Mate("d"), Mate("p", perf=PATIENT), Mate("holder")
+    d, p, holder = Mate("d", config=QUICK), Mate("p", perf=SLOW_WAY), Mate("holder")
     async with mates(d, p, holder):
         holder.hold(PROMPT)
         p.prepare, p.progress = cut, lambda: 7
@@ -331,8 +328,8 @@ async def test_opened_is_not_held_up_by_the_fetch_and_d_does_not_suspect_p_meanw
         await p.importers[0].entered.wait()
         (attempt,) = d.handoffs._attempts.values()
         assert attempt.machine.opened
-        before = attempt.beats
-        while attempt.beats < before + 14:  # 0.7 s: silence_s is 0.5 s
+        until = attempt.beats + 14  # 0.7 s: silence_s is 0.5 s
+        while attempt.beats < until and not task.done():
             await asyncio.sleep(0.01)
         assert not task.done()
         p.importers[0].gate.set()
@@ -342,7 +339,7 @@ async def test_opened_is_not_held_up_by_the_fetch_and_d_does_not_suspect_p_meanw
 
 
 async def test_the_estimate_is_of_the_fetch_and_the_rest() -> None:
-    d, p, holder = Mate("d"), Mate("p", perf=PATIENT), Mate("holder")
+    d, p, holder = Mate("d"), Mate("p", perf=SLOW_WAY), Mate("holder")
     async with mates(d, p, holder):
         holder.hold(PROMPT)
         plan = p.prefixes.plan(p.prefix_ask(PROMPT, holder.holder(4)))
@@ -361,7 +358,7 @@ async def test_the_estimate_is_of_the_fetch_and_the_rest() -> None:
 
 @pytest.mark.parametrize("end", ["D leaves", "P is stopped", "the holder is stopped"])
 async def test_whoever_leaves_in_mid_fetch_nothing_is_left(end: str) -> None:
-    d, p, holder = Mate("d"), Mate("p", perf=PATIENT), Mate("holder")
+    d, p, holder = Mate("d"), Mate("p", perf=SLOW_WAY), Mate("holder")
     async with mates(d, p, holder):
         holder.hold(PROMPT)
         p.prepare = cut

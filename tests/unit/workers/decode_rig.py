@@ -22,7 +22,7 @@ from pdserve.core.types import (
     blocks_for,
 )
 from pdserve.core.worker_record import WorkerRecord
-from pdserve.kvtransfer.handoff.ask import Committed, HandoffAsk, HandoffPeer, NotServed
+from pdserve.kvtransfer.handoff.ask import Committed, HandoffAsk, HandoffPeer, NotServed, PrefixHolder
 from pdserve.kvtransfer.handoff.prefix_fetch import PrefixFetch
 from pdserve.kvtransfer.handoff.states import Outcome
 from pdserve.kvtransfer.names import chain
@@ -50,10 +50,13 @@ class FakeHandoffs:
         self._pool = pool
         self._outcomes = list(outcomes)
         self.asked: list[str] = []
+        self.asks: list[HandoffAsk] = []
+        self.lowest_transport = "tcp"
         self.begun = asyncio.Event()
 
     async def fetch(self, ask: HandoffAsk, peer: HandoffPeer) -> Committed | NotServed:
         self.asked.append(peer.worker)
+        self.asks.append(ask)
         self.begun.set()
         outcome = self._outcomes.pop(0)
         if outcome is None:
@@ -218,6 +221,7 @@ class Rig:
         deadline: float | None = None,
         n: int = 1,
         constraint: Constraint | None = None,
+        prefix: PrefixHolder | None = None,
     ) -> worker_pb2.Replace | None:
         prompt = tuple(range(tokens))
         ask = DecodeAsk(
@@ -228,6 +232,7 @@ class Rig:
             sampling=SamplingParams(max_tokens=max_tokens, seed=SEED, n=n, constraint=constraint),
             candidates=tuple(PrefillCandidate(worker, "p1", "127.0.0.1:2") for worker in candidates),
             deadline=deadline,
+            prefix=prefix,
         )
         return self.role.open(self.link, ask)
 

@@ -6,9 +6,10 @@ import pytest
 
 from pdserve.core.clock import ManualClock
 from pdserve.core.errors import ContextTooLong, InvalidRequest
-from pdserve.core.types import RequestId, SamplingParams
+from pdserve.core.types import Incarnation, RequestId, SamplingParams, WorkerId
+from pdserve.kvtransfer.handoff.ask import HandoffPeer, PrefixHolder
 from pdserve.kvtransfer.names import chain, pack_chain, pack_tokens
-from pdserve.proto import worker_pb2
+from pdserve.proto import handoff_pb2, worker_pb2
 from pdserve.workers.convert import decode_ask
 from pdserve.workers.decode_limits import DecodeLimits
 from pdserve.workers.decode_request import DecodeAsk, PrefillCandidate
@@ -41,6 +42,13 @@ def test_an_open_becomes_an_ask_with_the_deadline_on_the_own_clock() -> None:
         candidates=(PrefillCandidate("p", "i", "h:1"),),
         deadline=102.5,
     )
+
+
+def test_a_prefix_holder_is_optional() -> None:
+    named = handoff_pb2.PrefixHolder(worker="d", incarnation="i", endpoint="h:2", blocks=7)
+    ask = decode_ask(message(prefix=named), ManualClock())
+    assert ask.prefix == PrefixHolder(HandoffPeer(WorkerId("d"), Incarnation("i"), "h:2"), 7)
+    assert decode_ask(message(), ManualClock()).prefix is None
 
 
 def test_names_that_are_not_sent_are_derived_and_no_remaining_time_is_no_deadline() -> None:
