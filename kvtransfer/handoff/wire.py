@@ -148,13 +148,14 @@ def pack_open(request: OpenRequest) -> pb.DecodeMessage:
 
 def unpack_open(message: pb.HandoffOpen) -> OpenRequest:
     """Raises ValueError or ConfigError for what no D of this protocol sends."""
+    layout = _unpack_layout(message.representation)
     if len(message.token_ids) % 4:
         raise ValueError(f"token ids take 4 bytes each, got {len(message.token_ids)} bytes")
     return OpenRequest(
         handoff=HandoffId(message.handoff_id),
         request=RequestId(message.request_id),
         schema=message.schema,
-        layout=_unpack_layout(message.representation),
+        layout=layout,
         token_ids=unpack_tokens(message.token_ids),
         chain=unpack_chain(message.chain),
         remaining_s=message.remaining_s if message.HasField("remaining_s") else None,
