@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pdserve.client import AsyncClient, Result
+from pdserve.client import AsyncClient, PrefillCost, Result
 from pdserve.cluster.cluster import Cluster
 from pdserve.cluster.signals import run_until_signal
 from pdserve.core.config import ServeConfig
@@ -82,9 +82,17 @@ def record(result: Result) -> dict[str, Any]:
         "transport": route.transport,
         "blocks_moved": route.blocks_moved,
         "bytes_moved": route.bytes_moved,
+        "predicted_local_ms": _cost_ms(route.predicted_local),
+        "predicted_handoff_ms": _cost_ms(route.predicted_handoff),
+        "measured_ms": route.measured_s * 1e3,
         "ttft_ms": result.ttft_s * 1e3,
         "ledger_ms": {name: seconds * 1e3 for name, seconds in result.ledger.parts().items()},
     }
+
+
+def _cost_ms(cost: PrefillCost | None) -> dict[str, float] | None:
+    """`own`: until the first token; `harm`: what others lose by it."""
+    return None if cost is None else {"own": cost.seconds * 1e3, "harm": cost.harm_s * 1e3}
 
 
 def table(result: Result) -> Table:
@@ -98,6 +106,11 @@ def table(result: Result) -> Table:
     rows.add_row("prefill by", route.prefill_worker, f"process {route.prefill_pid}")
     rows.add_row("decode by", route.decode_worker, f"process {route.decode_pid}")
     rows.add_row("KV cache moved", "", moved if route.transport else "nothing: prefilled where it decodes")
+    local, handoff = route.predicted_local, route.predicted_handoff
+    if local is not None and handoff is not None:
+        expected = f"a handoff {_milliseconds(handoff.seconds)}, none {_milliseconds(local.seconds)}"
+        rows.add_row("prefill expected", "", expected)
+        rows.add_row("prefill measured", "", _milliseconds(route.measured_s))
     rows.add_row("tokens", "", f"{usage.prompt_tokens} in, {usage.completion_tokens} out", end_section=True)
     rows.add_row("time to first token", _milliseconds(result.ttft_s), "of which")
     for name, seconds in result.ledger.parts().items():

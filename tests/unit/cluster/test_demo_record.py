@@ -3,7 +3,7 @@
 import pytest
 from rich.console import Console
 
-from pdserve.client.values import Choice, Result, Route
+from pdserve.client.values import Choice, PrefillCost, Result, Route
 from pdserve.cluster.demo import record, table
 from pdserve.core.lifecycle import Ledger
 from pdserve.core.types import FinishReason, RequestId, Usage
@@ -16,6 +16,9 @@ ROUTE = Route(
     transport="shm",
     blocks_moved=3,
     bytes_moved=2_211_840,
+    predicted_local=PrefillCost(0.25, 0.5),
+    predicted_handoff=PrefillCost(0.125, 0.0),
+    measured_s=0.15625,
 )
 
 
@@ -55,6 +58,9 @@ def test_the_record_has_exactly_the_promised_fields_in_milliseconds() -> None:
         "transport": "shm",
         "blocks_moved": 3,
         "bytes_moved": 2_211_840,
+        "predicted_local_ms": {"own": 250.0, "harm": 500.0},
+        "predicted_handoff_ms": {"own": 125.0, "harm": 0.0},
+        "measured_ms": 156.25,
         "ttft_ms": 200.0,
     }
     assert ledger["prefill"] == pytest.approx(150.0)
@@ -63,7 +69,14 @@ def test_the_record_has_exactly_the_promised_fields_in_milliseconds() -> None:
 
 def test_the_table_names_who_what_and_every_part_of_the_ledger() -> None:
     text = printed(result())
-    for words in ("prefill-0", "decode-0", "3 blocks, 2.21 MB, over shm", "48 in, 3 out", "200.0 ms"):
+    for words in (
+        "prefill-0",
+        "decode-0",
+        "3 blocks, 2.21 MB, over shm",
+        "48 in, 3 out",
+        "200.0 ms",
+        "250.0 ms",
+    ):
         assert words in text
     for part in Ledger().parts():
         assert part.replace("_", " ") in text

@@ -47,7 +47,12 @@ def worker(
     charged: Charge | None = None,
 ) -> WorkerView:
     charge = charged or Charge()
-    load = WorkerLoad(queued_prefill_tokens=queued, promised_blocks=promised, context_tokens=context)
+    load = WorkerLoad(
+        queued_prefill_tokens=queued,
+        queued_prefills=-(-queued // 500),
+        promised_blocks=promised,
+        context_tokens=context,
+    )
     described = record(name, role, pool_blocks=pool_blocks, draining=draining)
     return WorkerView(described, load, PerfModel(), 256, charge, charge, suspect)
 
