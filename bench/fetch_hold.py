@@ -30,9 +30,13 @@ class FetchHold:
         """Say before a request whether its fetches are held."""
         self._run = _Run(hold)
 
+    def release(self) -> None:
+        """Let go of what is held: D is to stop."""
+        self._run.filled.set()
+
     def __call__(self, event: Lifecycle, facts: Mapping[str, object]) -> None:
         if event is Lifecycle.FILLED_SEEN:
-            self._run.filled.set()
+            self.release()
 
     def wrap(self, inner: Importers) -> Importers:
         """What D uses in the place of its importers."""

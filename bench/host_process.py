@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import multiprocessing
-import signal
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -11,6 +10,7 @@ from typing import Any
 
 import uvloop
 
+from pdserve.bench.child_process import follow_parent
 from pdserve.bench.fetch_hold import FetchHold
 from pdserve.core.errors import Unavailable
 from pdserve.router.process import RouterHost, RouterSpec
@@ -71,13 +71,20 @@ class HostProcess:
 
 def run_worker(pipe: Connection, spec: WorkerSpec) -> None:
     """A worker that holds its fetches where it is asked to, until the pipe's other end is closed."""
+    follow_parent()
     hold = FetchHold()
     host = WorkerHost(spec, Seams(observer=hold, importers=hold.wrap))
-    uvloop.run(_serve(pipe, lambda: _start_worker(host), host.stop, hold.prepare))
+
+    async def stop() -> None:
+        hold.release()
+        await host.stop()
+
+    uvloop.run(_serve(pipe, lambda: _start_worker(host), stop, hold.prepare))
 
 
 def run_router(pipe: Connection, spec: RouterSpec) -> None:
     """A router, as `run_worker`."""
+    follow_parent()
     host = RouterHost(spec)
     uvloop.run(_serve(pipe, lambda: _start_router(host), host.stop, lambda what: None))
 
@@ -88,7 +95,6 @@ async def _serve(
     stop: Callable[[], Any],
     hear: Callable[[Any], None],
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the benchmark, which ends this process
     logging.basicConfig(level=logging.WARNING)
     pipe.send(await start())
     try:

@@ -7,7 +7,6 @@ import asyncio
 import itertools
 import multiprocessing
 import os
-import signal
 import statistics
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -18,6 +17,7 @@ import grpc
 import torch
 import uvloop
 
+from pdserve.bench.child_process import follow_parent
 from pdserve.bench.figures import Transaction
 from pdserve.core.channel_options import SERVER_OPTIONS
 from pdserve.core.clock import Clock, MonotonicClock
@@ -169,7 +169,7 @@ def _prefill_process(
 def _main(
     pipe: Connection, layout: KvLayout, num_blocks: int, transports: tuple[str, ...], device: str
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the benchmark, which ends this process
+    follow_parent()
     torch.set_num_threads(1)
     uvloop.run(_serve(pipe, KvStorage(layout, num_blocks, device), transports))
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import multiprocessing
-import signal
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 import uvloop
 
+from pdserve.bench.child_process import follow_parent
 from pdserve.bench.nixl_pair import NixlPeer, NixlPool
 from pdserve.core.errors import Unavailable
 from pdserve.core.types import BlockId
@@ -92,7 +92,7 @@ class TransferSource:
 def _main(
     pipe: Connection, layout: KvLayout, num_blocks: int, transports: tuple[str, ...], device: str
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the benchmark, which ends this process
+    follow_parent()
     torch.set_num_threads(1)
     load_kernel()
     uvloop.run(_serve(pipe, KvStorage(layout, num_blocks, device), transports))

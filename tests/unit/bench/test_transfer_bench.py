@@ -2,19 +2,26 @@
 
 import json
 import re
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from pdserve.bench import transfer
 from pdserve.bench.figures import Figure, Skipped, Transaction, TransferReport
+from pdserve.bench.nixl_pair import NixlPeer
 from pdserve.bench.transfer import LADDER, LAYOUT, SIZES, measure_transfers
+from pdserve.bench.transfer_source import TransferSource, fill
+from pdserve.bench.transfer_target import TransferTarget
 from pdserve.cli.app import run
 from pdserve.cli.bench_transfer_command import parse_size
-from pdserve.core.errors import ConfigError
+from pdserve.core.errors import ConfigError, Unavailable
 from pdserve.core.types import HandoffId
+from pdserve.kvtransfer.pool.storage import KvStorage
 from pdserve.kvtransfer.transports import shm
-from pdserve.kvtransfer.transports.base import TRANSPORT_LADDER, Failed
+from pdserve.kvtransfer.transports.base import TRANSPORT_LADDER, Failed, Grant, Landed, Offer
+from pdserve.kvtransfer.transports.ladder import make_exporters
 
 BLOCK = LAYOUT.block_bytes
 HERE = ("inproc", "shm", "tcp")
@@ -82,15 +89,56 @@ def test_the_file_and_the_chart_have_what_the_table_shows(
         assert f"<!-- {name} -->" in drawing.read_text()
 
 
-def test_a_transport_that_fails_is_an_error_and_no_figure(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+class SourceHere:
+    """P's side in this process: what its errors are like needs no other one."""
+
+    def __init__(self) -> None:
+        self.storage = KvStorage(LAYOUT, 4)
+        fill(self.storage)
+        (self._exporter,) = make_exporters(self.storage, ("shm",))
+        self.offers: tuple[Offer, ...] = ()
+
+    async def start(self) -> None:
+        await self._exporter.start()
+        self.offers = (self._exporter.offer(),)
+
+    def serve(self, transport: str, grant: Grant) -> None:
+        """shm's P does nothing."""
+
+    def join_nixl(self, reader: NixlPeer) -> NixlPeer:
+        raise Unavailable("not here")
+
+
+@pytest.fixture
+async def target() -> AsyncIterator[TransferTarget]:
+    source = SourceHere()
+    await source.start()
+    made = TransferTarget(LAYOUT, 4, cast(TransferSource, source), "cpu")
+    yield made
+    await made.close()
+    source.storage.close()
+
+
+async def test_a_transport_that_fails_is_an_error_and_no_figure(
+    target: TransferTarget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def fetch(*_: object) -> Failed:
         return Failed(HandoffId("bench"), 0, 1, "the cable was cut")
 
     monkeypatch.setattr(shm.ShmImporter, "fetch", fetch)
-    assert run(["bench", "transfer", "--size", "64KB", "--rounds", "1"]) == 1
-    assert "the cable was cut" in capsys.readouterr().err
+    with pytest.raises(Unavailable, match="the cable was cut"):
+        await target.start(("shm",))
+
+
+async def test_bytes_that_did_not_land_are_an_error_and_no_figure(
+    target: TransferTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fetch(_: object, grant: Grant) -> Landed:
+        return Landed(grant.handoff, grant.epoch, grant.seq, BLOCK * len(grant.segments), 0.0)
+
+    monkeypatch.setattr(shm.ShmImporter, "fetch", fetch)
+    with pytest.raises(Unavailable, match="did not land"):
+        await target.start(("shm",))
 
 
 def test_the_default_sizes_are_the_issues_and_the_ladder_has_every_transport() -> None:
