@@ -20,6 +20,7 @@ exceeds the time to first token that the client measures; what is left is named 
     D         FIRST_TOKEN         the first token was sampled               first_step
     client    FIRST_CHUNK         the first chunk was read                  TTFT = FIRST_CHUNK - CALLED
 
+A prefix that P (or D) fetches from another worker, instead of computing it, comes before PREFILL_STARTED.
 A prefill in D's own engine has no transfer: its exposed_transfer is 0 and COMMITTED is PREFILL_ENDED, the
 moment the step that samples the first token begins.
 """

@@ -3,62 +3,34 @@
 import asyncio
 import logging
 import math
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator, Coroutine
+from dataclasses import replace
 from typing import Any, TypeVar
 
-from pdserve.core.clock import Clock
-from pdserve.core.config import HandoffConfig
 from pdserve.core.errors import from_foreign
 from pdserve.core.lifecycle import Lifecycle
 from pdserve.core.perfmodel import Prediction
 from pdserve.core.types import BLOCK_TOKENS, OwnerId, blocks_for
-from pdserve.core.worker_record import WorkerRecord
 from pdserve.kvtransfer.digest import digest_blocks
 from pdserve.kvtransfer.handoff import events as ev
 from pdserve.kvtransfer.handoff import instructions as do
 from pdserve.kvtransfer.handoff import wire
 from pdserve.kvtransfer.handoff.ask import FetchedPrefix
-from pdserve.kvtransfer.handoff.export_queue import ExportQueue
 from pdserve.kvtransfer.handoff.filler import Filler, FillEstimate, FillProgress
 from pdserve.kvtransfer.handoff.held_filler import HeldFiller
 from pdserve.kvtransfer.handoff.prefill_side import PREFILL_TABLE, PrefillHandoff
+from pdserve.kvtransfer.handoff.prefill_site import PrefillSite
 from pdserve.kvtransfer.handoff.prefix_choice import PrefixPlan
-from pdserve.kvtransfer.handoff.prefix_fetch import PrefixAsk, PrefixFetch
-from pdserve.kvtransfer.handoff.shell import Observer, Shell
+from pdserve.kvtransfer.handoff.prefix_fetch import PrefixAsk
+from pdserve.kvtransfer.handoff.shell import Shell
 from pdserve.kvtransfer.handoff.state_deadlines import AT_ONCE, StateBound, prefill_bound
 from pdserve.kvtransfer.handoff.states import Outcome, PrefillState
-from pdserve.kvtransfer.pool.pool import KvPool
-from pdserve.kvtransfer.pool.storage import KvStorage
 from pdserve.kvtransfer.transports.base import Exporter, Failed, Grant, SourceDone
 from pdserve.proto import handoff_pb2 as pb
 
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-@dataclass(slots=True)
-class PrefillSite:
-    """What all handoffs of one prefill worker share."""
-
-    record: Callable[[], WorkerRecord]
-    """Who this worker is now: its incarnation changes when it is fenced."""
-    pool: KvPool
-    storage: KvStorage
-    filler: Filler
-    exporters: dict[str, Exporter]
-    """By transport, best rung first."""
-    config: HandoffConfig
-    progress: Callable[[], int]
-    """A counter that moves while the engine gets on, also when it has nothing to do."""
-    clock: Clock
-    observer: Observer | None
-    queue: ExportQueue
-    prefixes: PrefixFetch | None
-    """Brings what another worker holds before a fill; None: it is computed."""
-    counters: Counter[str] = field(default_factory=Counter)
 
 
 class PrefillSession(Shell[PrefillHandoff, pb.PrefillMessage]):

@@ -123,7 +123,7 @@ class PrefixFetch:
     ) -> FetchedPrefix | NotServed | None:
         """One handoff; None where this worker could not even ask."""
         owner = OwnerId(f"prefix/{ask.request_id}/{next(self._serial)}")
-        started = self._clock.now()
+        met, started = holder.peer.worker in self._ways(), self._clock.now()
         try:
             outcome = await self._handoffs.fetch(self._handoff_ask(ask, plan, owner), holder.peer)
         except Exception as error:
@@ -141,8 +141,9 @@ class PrefixFetch:
             )
             return outcome
         self._pool.release(owner)
-        took_s = self._clock.now() - started
-        self._perf.observe_handoff(bare_movement(outcome.bytes_moved), outcome.transport, took_s)
+        if met:  # the first one also connects, which none that is still to come does
+            took_s = self._clock.now() - started
+            self._perf.observe_handoff(bare_movement(outcome.bytes_moved), outcome.transport, took_s)
         return FetchedPrefix(holder.peer.worker, outcome.blocks_moved)
 
     def _handoff_ask(self, ask: PrefixAsk, plan: PrefixPlan, owner: OwnerId) -> HandoffAsk:

@@ -16,7 +16,8 @@ from pdserve.kvtransfer.handoff import wire
 from pdserve.kvtransfer.handoff.events import Cancelled, StreamClosed
 from pdserve.kvtransfer.handoff.export_queue import ExportQueue
 from pdserve.kvtransfer.handoff.filler import Filler, FillEstimate, FillProgress
-from pdserve.kvtransfer.handoff.prefill_session import PrefillSession, PrefillSite
+from pdserve.kvtransfer.handoff.prefill_session import PrefillSession
+from pdserve.kvtransfer.handoff.prefill_site import PrefillSite
 from pdserve.kvtransfer.handoff.prefix_fetch import PrefixFetch
 from pdserve.kvtransfer.handoff.shell import Observer
 from pdserve.kvtransfer.handoff.states import Outcome

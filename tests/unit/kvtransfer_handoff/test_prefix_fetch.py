@@ -248,13 +248,14 @@ async def test_a_cancel_at_any_moment_leaves_both_pools_balanced(stage: Lifecycl
         assert here.pool.owners() == holder.pool.owners() == ()
 
 
-async def test_the_model_learns_what_fetches_take() -> None:
+async def test_the_model_learns_what_fetches_take_and_nothing_of_how_a_pair_met() -> None:
     holder, here = Mate("holder"), Mate("here")
     async with mates(holder, here):
-        assert "handoff/shm/fixed_seconds" not in here.perf.snapshot()
         holder.hold(PROMPT)
-        await here.prefixes.fetch(here.prefix_ask(PROMPT, holder.holder(4)))
-        assert "handoff/shm/fixed_seconds" in here.perf.snapshot()
+        for learnt in (False, True):
+            assert await here.prefixes.fetch(here.prefix_ask(PROMPT, holder.holder(4))) is not None
+            assert ("handoff/shm/fixed_seconds" in here.perf.snapshot()) is learnt
+            here.pool.clear_cache()
 
 
 # On the way of a handoff: D asks P, which fetches from a holder before it computes.
