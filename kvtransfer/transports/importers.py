@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
+from pdserve.core.clock import Clock, MonotonicClock
 from pdserve.core.errors import PdserveError, Unavailable
 from pdserve.core.security.tls import SocketTls
 from pdserve.core.types import Incarnation, WorkerId
 from pdserve.kvtransfer.pool.storage import KvStorage
 from pdserve.kvtransfer.transports.base import Importer, Offer
 from pdserve.kvtransfer.transports.ladder import DEFAULT_TIMEOUT_S, make_importer, ordered, survey
+from pdserve.kvtransfer.transports.rung_health import UNKNOWN, Pace, is_no_better, retry_s, why_leave
 from pdserve.kvtransfer.transports.way import Way
 
 _log = logging.getLogger(__name__)
@@ -37,6 +39,8 @@ class _Experience:
 
     condemned: dict[str, str] = field(default_factory=dict)
     """Rung -> why the trial condemned it."""
+    usable: tuple[str, ...] = ()
+    """Rungs without an obstacle, best first."""
     told: set[tuple[str, str]] = field(default_factory=set)
     """(rung, reason) that the log has."""
 
@@ -56,12 +60,15 @@ class ImporterCache:
         capacity: int = 64,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         tls: SocketTls | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self._storage = storage
         self._allowed = ordered(allowed)
         self.capacity = capacity
         self._timeout_s = timeout_s
         self._tls = tls
+        self._clock = clock or MonotonicClock()
+        self._achieved: dict[str, Pace] = {}
         self._ways: OrderedDict[_Pair, Way] = OrderedDict()
         self._experience: OrderedDict[_Peer, _Experience] = OrderedDict()
         self._meetings: WeakValueDictionary[_Peer, asyncio.Lock] = WeakValueDictionary()
@@ -69,7 +76,7 @@ class ImporterCache:
 
     def rungs(self) -> Mapping[str, RungUse]:
         """By transport, those that were ever of use."""
-        pairs = Counter(transport for _, _, transport in self._ways)
+        pairs = Counter(pair[2] for pair, way in self._ways.items() if way.slow_until is None)
         return {name: RungUse(pairs[name], self._falls[name]) for name in sorted({*pairs, *self._falls})}
 
     def ways(self) -> Mapping[WorkerId, str]:
@@ -105,6 +112,9 @@ class ImporterCache:
         offered = {offer.transport for offer in offers}
         for rung in self._allowed:
             way = self._ways.get((*peer, rung)) if rung in offered else None
+            if way is not None and way.slow_until is not None and self._clock.now() >= way.slow_until:
+                _log.info("kv transfer from %s (%s) tries %s again", *peer, rung)
+                way.reinstate(self._clock.now())
             if way is not None and not way.condemned:
                 self._ways.move_to_end((*peer, rung))
                 return way
@@ -116,6 +126,7 @@ class ImporterCache:
         failed: dict[str, str] = {}
         rungs = list(survey(offers, self._allowed, self._storage))
         usable = [rung.transport for rung in rungs if rung.obstacle is None]
+        experience.usable = tuple(usable)
         for rung in rungs:
             if rung.obstacle is not None:
                 if not rung.obstacle.expected:
@@ -126,7 +137,10 @@ class ImporterCache:
                 failed[rung.transport] = condemned
                 continue
             if (kept := self._ways.get((*peer, rung.transport))) is not None:
-                return kept  # condemned, and the last one
+                if kept.slow_until is None:
+                    return kept  # condemned, and the last one
+                failed[rung.transport] = str(kept.condemned)
+                continue
             assert rung.offer is not None  # there is no obstacle
             try:
                 way = await self._open(peer, rung.offer)
@@ -136,19 +150,59 @@ class ImporterCache:
             await self._keep(peer, way)
             self._tell(peer, experience, way.transport, failed)
             return way
+        for slow in self._ways_to(peer):
+            if slow.slow_until is not None:
+                # Better than not at all; and it is not left again for what does not work.
+                slow.reinstate(self._clock.now())
+                experience.usable = (slow.transport,)
+                return slow
         if usable:
             raise Unavailable("; ".join(f"{rung}: {reason}" for rung, reason in failed.items()))
         return None
 
     async def _open(self, peer: _Peer, offer: Offer) -> Way:
         made = make_importer(offer, self._storage, timeout_s=self._timeout_s, tls=self._tls)
-        way = Way(made, f"{peer[0]} ({peer[1]})")
+        way = Way(
+            made, f"{peer[0]} ({peer[1]})", self._clock, lambda way, *sample: self._judge(peer, way, *sample)
+        )
         try:
             await way.warm_up()
         except BaseException:
             await way.close()
             raise
         return way
+
+    def _ways_to(self, peer: _Peer) -> list[Way]:
+        """Best rung first."""
+        found = (self._ways.get((*peer, rung)) for rung in self._allowed)
+        return [way for way in found if way is not None]
+
+    def _judge(self, peer: _Peer, way: Way, num_bytes: int, seconds: float) -> None:
+        """A transfer of real size was measured: is its rung the right one?"""
+        rung, now = way.transport, self._clock.now()
+        self._achieved[rung] = self._achieved.get(rung, UNKNOWN).plus(num_bytes, seconds)
+        if way.condemned is not None or now < way.spared_until:
+            return  # what was under way when it was left; or leaving has brought nothing
+        for above in self._ways_to(peer):
+            if above.slow_until is not None and is_no_better(way.pace, above.pace):
+                _log.info(
+                    "kv transfer from %s (%s) goes back to %s: %s is no faster", *peer, above.transport, rung
+                )
+                above.reinstate(now + retry_s(above.times_slow))
+                return
+        experience = self._experience.get(peer)
+        usable = () if experience is None else experience.usable
+        lower = next(iter(usable[usable.index(rung) + 1 :]), None) if rung in usable else None
+        if experience is None or lower is None:
+            return
+        others = (
+            w.pace for pair, w in self._ways.items() if pair[2] == rung and w is not way and w.pace.known
+        )
+        elsewhere = max(others, key=lambda pace: pace.rate, default=UNKNOWN)
+        reason = why_leave(way.pace, self._achieved.get(lower, UNKNOWN), elsewhere)
+        if reason is not None:
+            way.leave(reason, now + retry_s(way.times_slow + 1))
+            self._tell(peer, experience, lower, {rung: reason})
 
     async def _keep(self, peer: _Peer, way: Way) -> None:
         self._ways[*peer, way.transport] = way
@@ -171,9 +225,9 @@ class ImporterCache:
     def _note_verdicts(self, pairs: Sequence[_Pair]) -> None:
         for worker, incarnation, transport in pairs:
             experience = self._experience.get((worker, incarnation))
-            verdict = self._ways[worker, incarnation, transport].condemned
-            if experience is not None and verdict is not None:
-                experience.condemned[transport] = verdict
+            way = self._ways[worker, incarnation, transport]
+            if experience is not None and way.condemned is not None and way.slow_until is None:
+                experience.condemned[transport] = way.condemned
 
     def _tell(self, peer: _Peer, experience: _Experience, transport: str, failed: Mapping[str, str]) -> None:
         """`failed`: the rungs above the one in use that should have worked, and why they did not."""

@@ -6,8 +6,12 @@ candidate, and the next one over this pair takes a lower rung.
 """
 
 import logging
+import math
+from collections.abc import Callable
 
+from pdserve.core.clock import Clock
 from pdserve.kvtransfer.transports.base import Failed, Grant, Importer, Landed, Warmable
+from pdserve.kvtransfer.transports.rung_health import UNKNOWN, Meter, Pace
 
 _log = logging.getLogger(__name__)
 
@@ -16,18 +20,28 @@ TRIAL_FAILURES = 2
 
 
 class Way:
-    """An importer that knows whether its rung works for this pair. Owns the importer."""
+    """An importer that knows whether its rung works for this pair, and how fast. Owns the importer."""
 
-    def __init__(self, inner: Importer, peer: str) -> None:
-        """`peer` is for the log."""
+    def __init__(
+        self, inner: Importer, peer: str, clock: Clock, measured: Callable[["Way", int, float], object]
+    ) -> None:
+        """`peer` is for the log. `measured(way, bytes, seconds)` is told of transfers of real size."""
         self.transport = inner.transport
         self._inner = inner
         self._peer = peer
+        self._clock = clock
+        self._measured = measured
+        self._meter = Meter()
         self._proven = False
         self._failures = 0
         self._closed = False
         self.condemned: str | None = None
-        """Why this rung must not be used for the pair any more; None while nothing speaks against it."""
+        """Why this rung must not be used for the pair; None while nothing speaks against it."""
+        self.slow_until: float | None = None
+        """Condemned for being slow only, until this reading of the clock."""
+        self.spared_until = -math.inf
+        self.times_slow = 0
+        self.pace: Pace = UNKNOWN
 
     async def warm_up(self) -> None:
         """Connect, or start threads, before a first grant waits for it. Raises OSError or Unavailable."""
@@ -35,10 +49,30 @@ class Way:
             await self._inner.warm_up()
 
     async def fetch(self, grant: Grant) -> Landed | Failed:
-        report = await self._inner.fetch(grant)
+        self._meter = self._meter.began(self._clock.now())
+        num_bytes = 0
+        try:
+            report = await self._inner.fetch(grant)
+            num_bytes = report.num_bytes if isinstance(report, Landed) else 0
+        finally:
+            self._meter, sample = self._meter.ended(self._clock.now(), num_bytes)
+        if sample is not None:
+            self.pace = self.pace.plus(*sample)
+            self._measured(self, *sample)
         if not self._proven and grant.segments:
             self._judge(report)
         return report
+
+    def leave(self, reason: str, until: float) -> None:
+        """It is slow: use it no more until then."""
+        self.condemned, self.slow_until = reason, until
+        self.times_slow += 1
+
+    def reinstate(self, spared_until: float) -> None:
+        """Use it again, and judge its pace anew, from then on."""
+        self.condemned = self.slow_until = None
+        self.spared_until = spared_until
+        self.pace = UNKNOWN
 
     async def close(self) -> None:
         self._closed = True
