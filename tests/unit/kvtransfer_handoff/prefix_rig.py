@@ -50,7 +50,7 @@ DEAR = {"prefill/step_seconds": 100.0, "prefill/token_seconds": 1.0, "prefill/at
 CHEAP = {"prefill/step_seconds": 0.0, "prefill/token_seconds": 0.0, "prefill/attention_seconds": 0.0}
 """And one by which nothing is worth a fetch."""
 
-SLOW_WAY = {**DEAR, "handoff/tcp/fixed_seconds": 20.0, "handoff/shm/fixed_seconds": 20.0}
+SLOW_WAY = {**DEAR, **{f"transfer/{way}/latency_seconds": 20.0 for way in ("inproc", "shm", "tcp")}}
 """Fetches may take a minute, so that a test decides how they end."""
 
 
@@ -62,7 +62,7 @@ class Mate:
         name: str,
         *,
         blocks: int = 32,
-        perf: dict[str, float] = DEAR,
+        perf: dict[str, float] = SLOW_WAY,
         config: HandoffConfig = PATIENT,
         transport: str = "shm",
     ) -> None:

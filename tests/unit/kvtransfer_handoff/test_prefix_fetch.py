@@ -2,10 +2,10 @@
 
 import asyncio
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import pytest
-from handoff_rig import QUICK, ROOT, HeldImporter, Wire, content
+from handoff_rig import PATIENT, QUICK, ROOT, HeldImporter, Wire, content
 from prefix_rig import CHEAP, SLOW_WAY, Mate, mates
 
 from pdserve.core.lifecycle import Lifecycle
@@ -208,9 +208,12 @@ async def test_a_holder_lost_in_mid_fetch_leaves_nothing_behind() -> None:
     assert holder.pool.counts().held == 0
 
 
-async def test_a_holder_that_is_silent_is_given_up_within_the_fetchs_own_time() -> None:
-    """By its model the fetch takes milliseconds: the stream's watch, with its seconds, is not waited for."""
-    holder, here, wire = Mate("holder"), Mate("here"), Wire()
+async def test_a_holder_that_is_silent_is_given_up_within_the_fetchs_own_time(
+    leap: Callable[[float], Awaitable[None]],
+) -> None:
+    """By its model the fetch takes a minute: the stream's watch, with its hours, is not waited for."""
+    config = dataclasses.replace(PATIENT, silence_s=3600.0, request_deadline_s=7200.0)
+    holder, here, wire = Mate("holder", config=config), Mate("here", config=config), Wire()
     async with mates(holder, here):
         port = await wire.start(holder.port)
         holder.hold(PROMPT)
@@ -221,6 +224,7 @@ async def test_a_holder_that_is_silent_is_given_up_within_the_fetchs_own_time() 
         await here.importers[0].entered.wait()
         wire.silence()
         here.importers[0].gate.set()
+        await leap(100.0)
         assert await task is None
         assert here.prefixes.counters == {"asked": 1, "failed_deadline": 1}
         await wire.close()

@@ -6,8 +6,7 @@ import asyncio
 import dataclasses
 import itertools
 import math
-import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -36,7 +35,7 @@ from pdserve.proto import handoff_pb2 as pb
 from pdserve.proto import handoff_pb2_grpc
 
 PROMPT = tuple(range(100, 170))
-BRIEF = dataclasses.replace(QUICK, heartbeat_s=0.05, silence_s=0.3)
+BRIEF = dataclasses.replace(QUICK, silence_s=1.0)
 
 WAITS = {
     "answer": DecodeHandoff(64),
@@ -285,14 +284,19 @@ class Trickle:
         await self._inner.close()
 
 
-async def test_a_link_at_a_hundredth_of_its_speed_leaves_time_for_the_next_candidate() -> None:
-    async with Rig(config=dataclasses.replace(BRIEF, silence_s=10.0)) as rig:
+async def test_a_link_at_a_hundredth_of_its_speed_leaves_time_for_the_next_candidate(
+    leap: Callable[[float], Awaitable[None]],
+) -> None:
+    async with Rig(config=dataclasses.replace(BRIEF, silence_s=100.0)) as rig:
         rig.filler.chunk_tokens = 16
-        rig.importer_source._wrap = lambda inner: Trickle(inner, 60.0)  # type: ignore[assignment]
+        rig.importer_source._wrap = lambda inner: Trickle(inner, 600.0)  # type: ignore[assignment]
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + 2.0
-        ask = dataclasses.replace(rig.ask(PROMPT, remaining_s=2.0), further=1)
-        result = await rig.handoffs.fetch(ask, rig.peer())
+        deadline = loop.time() + 60.0
+        ask = dataclasses.replace(rig.ask(PROMPT, remaining_s=60.0), further=1)
+        task = asyncio.create_task(rig.handoffs.fetch(ask, rig.peer()))
+        await rig.trail.wait(Lifecycle.FILLED_SEEN)
+        await leap(30.0)
+        result = await task
         assert isinstance(result, NotServed)
         assert result.reason in (Outcome.STALLED, Outcome.EXPIRED)  # P's own bound is D's last call
         left_s = deadline - loop.time()
@@ -302,7 +306,9 @@ async def test_a_link_at_a_hundredth_of_its_speed_leaves_time_for_the_next_candi
         assert isinstance(await rig.handoffs.fetch(again, rig.peer()), Committed)
 
 
-async def test_what_p_said_while_d_itself_was_stopped_still_counts() -> None:
+async def test_what_p_said_while_d_itself_was_stopped_still_counts(
+    leap: Callable[[float], Awaitable[None]],
+) -> None:
     """D's loop stands still for longer than the bound, and P's chunks lie in the socket."""
     async with Rig(config=BRIEF) as rig:
         go: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -311,5 +317,5 @@ async def test_what_p_said_while_d_itself_was_stopped_still_counts() -> None:
         task = asyncio.create_task(rig.handoffs.fetch(ask, rig.peer()))
         await rig.prefill_trail.wait(Lifecycle.PREFILL_QUEUED)
         go.set_result(None)
-        time.sleep(4 * BRIEF.silence_s)  # noqa: ASYNC251
+        await leap(4 * BRIEF.silence_s)
         assert isinstance(await task, Committed)
