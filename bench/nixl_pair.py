@@ -34,7 +34,6 @@ class NixlPeer(NamedTuple):
 
 def find_nixl() -> Any:
     """NIXL's module. Raises Unavailable where there is none, or where it does not work here."""
-    logging.getLogger("nixl").setLevel(logging.WARNING)
     reasons = []
     for package in _PACKAGES:
         try:
@@ -42,8 +41,7 @@ def find_nixl() -> Any:
         except ImportError as error:
             reasons.append(str(error))
             continue
-        for name in (package, "nixl_cu13", "nixl_cu12"):
-            logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger("nixl").setLevel(logging.WARNING)  # it tells standard output of every agent
         return module
     raise Unavailable(f"it is not installed ({reasons[-1]}): pip install --no-deps nixl-cu12")
 

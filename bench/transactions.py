@@ -157,7 +157,11 @@ def _prefill_process(
     process.start()
     theirs.close()
     try:
-        yield pipe.recv()
+        try:
+            endpoint = str(pipe.recv())
+        except (EOFError, OSError) as error:
+            raise Unavailable("the prefill process has ended; stderr has its reason") from error
+        yield endpoint
     finally:
         pipe.close()
         process.join(5.0)
