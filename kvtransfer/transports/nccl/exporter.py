@@ -17,8 +17,9 @@ from pdserve.kvtransfer.gpu.base import Communicators
 from pdserve.kvtransfer.pool.storage import KvStorage
 from pdserve.kvtransfer.transports.base import Failed, Grant, Offer, SourceDone
 from pdserve.kvtransfer.transports.copying import refusal, stale
+from pdserve.kvtransfer.transports.meetings import Key, Meetings
 from pdserve.kvtransfer.transports.nccl.link import Link
-from pdserve.kvtransfer.transports.nccl.meetings import Key, Meetings
+from pdserve.kvtransfer.transports.nccl.stream import ControlStream
 from pdserve.kvtransfer.transports.nccl.wire import (
     TOKEN_BYTES,
     Claim,
@@ -31,7 +32,6 @@ from pdserve.kvtransfer.transports.nccl.wire import (
     receive_join,
     receive_request,
 )
-from pdserve.kvtransfer.transports.tcp.stream import PlainStream, Stream
 from pdserve.kvtransfer.transports.tcp.wire import peer_of, tune
 
 _log = logging.getLogger(__name__)
@@ -157,7 +157,7 @@ class NcclExporter:
             block_tokens=self._storage.layout.block_tokens,
         )
         if self._closed or reason is not None:
-            return Failed(*key, reason or "the exporter is closed")
+            return Failed(grant.handoff, grant.epoch, grant.seq, reason or "the exporter is closed")
         claimed = False
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -169,7 +169,9 @@ class NcclExporter:
             reason = f"{how} within {self._timeout_s} s"
         except OSError as error:
             reason = f"the reader was lost: {error}"
-        return SourceDone(*key) if reason is None else Failed(*key, reason)
+        if reason is not None:
+            return Failed(grant.handoff, grant.epoch, grant.seq, reason)
+        return SourceDone(grant.handoff, grant.epoch, grant.seq)
 
     def forget(self, handoff: HandoffId) -> None:
         """Serves that wait report Failed, claims that wait are answered so."""
@@ -207,7 +209,7 @@ class NcclExporter:
 
     async def _attend(self, sock: socket.socket) -> None:
         """One reader, from its hello to the end of its epoch."""
-        stream = PlainStream(sock)
+        stream = ControlStream(sock)
         try:
             tune(sock, self._timeout_s)
             async with asyncio.timeout(self._timeout_s):
@@ -238,7 +240,7 @@ class NcclExporter:
             self._readers.pop(reader, None)
             await link.close("the exporter is closed")
 
-    async def _greet(self, stream: Stream) -> Hello:
+    async def _greet(self, stream: ControlStream) -> Hello:
         hello = await receive_hello(stream)
         refused, own = "", self._communicators.version
         if not hmac.compare_digest(hello.token, self._token):
@@ -258,7 +260,7 @@ class NcclExporter:
             other.link.end("it made room for another reader")
             del self._readers[other]
 
-    async def _read(self, reader: _Reader, stream: Stream) -> None:
+    async def _read(self, reader: _Reader, stream: ControlStream) -> None:
         while True:
             request = await receive_request(stream)
             if isinstance(request, Post):

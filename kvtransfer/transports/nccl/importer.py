@@ -16,6 +16,7 @@ from pdserve.kvtransfer.pool.storage import KvStorage
 from pdserve.kvtransfer.transports.base import Failed, Grant, Landed, Offer
 from pdserve.kvtransfer.transports.copying import refusal, settle
 from pdserve.kvtransfer.transports.nccl.link import Link
+from pdserve.kvtransfer.transports.nccl.stream import ControlStream
 from pdserve.kvtransfer.transports.nccl.wire import (
     TOKEN_BYTES,
     Claim,
@@ -26,7 +27,6 @@ from pdserve.kvtransfer.transports.nccl.wire import (
     receive_ready,
     receive_welcome,
 )
-from pdserve.kvtransfer.transports.tcp.stream import PlainStream, Stream
 from pdserve.kvtransfer.transports.tcp.wire import tune
 
 IDLE_S = 60.0
@@ -101,7 +101,7 @@ class _Connection:
             pending.finish(reason)
         self._pending.clear()
 
-    async def _read(self, stream: Stream) -> None:
+    async def _read(self, stream: ControlStream) -> None:
         while True:
             ready = await receive_ready(stream)
             pending = self._pending.get(ready.tag)
@@ -270,7 +270,7 @@ class NcclImporter:
         self._connection = connection
         return connection
 
-    async def _connect(self) -> tuple[Stream, bytes]:
+    async def _connect(self) -> tuple[ControlStream, bytes]:
         """A socket on which P has welcomed this epoch, and the name under which both join."""
         loop = asyncio.get_running_loop()
         host, port = self._address
@@ -280,7 +280,7 @@ class NcclImporter:
             stack.callback(sock.close)
             tune(sock, self._timeout_s)
             await loop.sock_connect(sock, address)
-            stream = PlainStream(sock)
+            stream = ControlStream(sock)
             hello = Hello(self._token, self._epochs, self._communicators.version)
             await stream.send(hello.pack())
             welcome = await receive_welcome(stream)

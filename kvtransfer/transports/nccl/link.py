@@ -9,7 +9,7 @@ from pdserve.core.clock import Clock
 from pdserve.kvtransfer.gpu.base import Communicators, Gpu
 from pdserve.kvtransfer.transports.copying import CopyThread, settle
 from pdserve.kvtransfer.transports.nccl.epoch import Epoch
-from pdserve.kvtransfer.transports.tcp.stream import Stream
+from pdserve.kvtransfer.transports.nccl.stream import ControlStream
 
 T = TypeVar("T")
 
@@ -24,7 +24,7 @@ class Link:
     def __init__(
         self,
         name: str,
-        stream: Stream,
+        stream: ControlStream,
         gpu: Gpu,
         communicators: Communicators,
         clock: Clock,
@@ -44,7 +44,7 @@ class Link:
         self,
         unique_id: bytes,
         rank: int,
-        read: Callable[[Stream], Awaitable[None]],
+        read: Callable[[ControlStream], Awaitable[None]],
         ended: Callable[[str], None],
     ) -> None:
         """Join, and let `read` take what the peer sends until it raises OSError. `ended` is told why."""
@@ -100,7 +100,7 @@ class Link:
         self,
         unique_id: bytes,
         rank: int,
-        read: Callable[[Stream], Awaitable[None]],
+        read: Callable[[ControlStream], Awaitable[None]],
         ended: Callable[[str], None],
     ) -> None:
         joining = asyncio.get_running_loop().create_task(self._join(unique_id, rank))

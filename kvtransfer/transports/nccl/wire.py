@@ -17,8 +17,7 @@ from typing import NamedTuple
 
 from pdserve.core.types import HandoffId
 from pdserve.kvtransfer.gpu.nccl import UNIQUE_ID_BYTES
-from pdserve.kvtransfer.transports.tcp.stream import Stream
-from pdserve.kvtransfer.transports.tcp.wire import receive_exactly
+from pdserve.kvtransfer.transports.nccl.stream import ControlStream
 
 VERSION = 1
 TOKEN_BYTES = 16
@@ -96,42 +95,42 @@ class Post(NamedTuple):
         return _POST.pack(b"PDNP", self.tag, self.order)
 
 
-async def receive_hello(stream: Stream) -> Hello:
-    magic, version, token, epoch, library = _HELLO.unpack(await _exactly(stream, _HELLO.size))
+async def receive_hello(stream: ControlStream) -> Hello:
+    magic, version, token, epoch, library = _HELLO.unpack(await stream.receive_exactly(_HELLO.size))
     if magic != b"PDNH" or version != VERSION:
         raise WireError(f"expected a hello of version {VERSION}, got {magic!r} version {version}")
     return Hello(token, epoch, library)
 
 
-async def receive_welcome(stream: Stream) -> Welcome:
-    magic, version, size = _WELCOME.unpack(await _exactly(stream, _WELCOME.size))
+async def receive_welcome(stream: ControlStream) -> Welcome:
+    magic, version, size = _WELCOME.unpack(await stream.receive_exactly(_WELCOME.size))
     if magic != b"PDNW" or version != VERSION:
         raise WireError(f"expected a welcome of version {VERSION}, got {magic!r} version {version}")
     return Welcome(await _receive_text(stream, size))
 
 
-async def receive_join(stream: Stream) -> Join:
-    magic, unique_id = _JOIN.unpack(await _exactly(stream, _JOIN.size))
+async def receive_join(stream: ControlStream) -> Join:
+    magic, unique_id = _JOIN.unpack(await stream.receive_exactly(_JOIN.size))
     if magic != b"PDNJ":
         raise WireError(f"expected a unique id, got {magic!r}")
     return Join(unique_id)
 
 
-async def receive_ready(stream: Stream) -> Ready:
-    magic, tag, num_bytes, size = _READY.unpack(await _exactly(stream, _READY.size))
+async def receive_ready(stream: ControlStream) -> Ready:
+    magic, tag, num_bytes, size = _READY.unpack(await stream.receive_exactly(_READY.size))
     if magic != b"PDNR":
         raise WireError(f"expected an answer to a claim, got {magic!r}")
     return Ready(tag, num_bytes, await _receive_text(stream, size))
 
 
-async def receive_request(stream: Stream) -> Claim | Post:
-    kind = await _exactly(stream, _KIND_BYTES)
+async def receive_request(stream: ControlStream) -> Claim | Post:
+    kind = await stream.receive_exactly(_KIND_BYTES)
     if kind == b"PDNP":
-        _, tag, order = _POST.unpack(kind + await _exactly(stream, _POST.size - _KIND_BYTES))
+        _, tag, order = _POST.unpack(kind + await stream.receive_exactly(_POST.size - _KIND_BYTES))
         return Post(tag, order)
     if kind != b"PDNC":
         raise WireError(f"expected a claim or a post, got {bytes(kind)!r}")
-    _, tag, epoch, seq, size = _CLAIM.unpack(kind + await _exactly(stream, _CLAIM.size - _KIND_BYTES))
+    _, tag, epoch, seq, size = _CLAIM.unpack(kind + await stream.receive_exactly(_CLAIM.size - _KIND_BYTES))
     return Claim(tag, HandoffId(await _receive_text(stream, size)), epoch, seq)
 
 
@@ -139,13 +138,7 @@ def _text(text: str) -> bytes:
     return text.encode()[:MAX_TEXT_BYTES]
 
 
-async def _receive_text(stream: Stream, size: int) -> str:
+async def _receive_text(stream: ControlStream, size: int) -> str:
     if size > MAX_TEXT_BYTES:
         raise WireError(f"a text may have {MAX_TEXT_BYTES} bytes, got {size}")
-    return (await _exactly(stream, size)).decode(errors="replace")
-
-
-async def _exactly(stream: Stream, size: int) -> bytes:
-    data = bytearray(size)
-    await receive_exactly(stream, memoryview(data))
-    return bytes(data)
+    return (await stream.receive_exactly(size)).decode(errors="replace")

@@ -30,6 +30,7 @@ from pdserve.kvtransfer.transports.base import Failed, Grant, Landed, Offer, Seg
 from pdserve.kvtransfer.transports.ladder import make_exporters, make_importer
 from pdserve.kvtransfer.transports.nccl import NcclExporter, NcclImporter
 from pdserve.kvtransfer.transports.nccl import epoch as module
+from pdserve.kvtransfer.transports.nccl.stream import ControlStream
 from pdserve.kvtransfer.transports.nccl.wire import (
     Claim,
     Hello,
@@ -43,7 +44,6 @@ from pdserve.kvtransfer.transports.nccl.wire import (
     receive_request,
     receive_welcome,
 )
-from pdserve.kvtransfer.transports.tcp.stream import PlainStream, Stream
 
 LAYOUT = KvLayout(num_layers=1, num_kv_heads=1, head_dim=8, dtype="bfloat16")
 BLOCKS = 6
@@ -322,7 +322,7 @@ async def test_who_has_no_token_or_another_nccl_is_refused_before_anything_is_jo
 
 @contextlib.asynccontextmanager
 async def lying_source(
-    answer: Callable[[Stream, Claim], Awaitable[None]],
+    answer: Callable[[ControlStream, Claim], Awaitable[None]],
 ) -> AsyncIterator[tuple[Worker, NcclImporter]]:
     """An importer whose peer joins, reads one claim and then does as `answer` says."""
     d, p = Worker.make(), host_nccl.HostCommunicators()
@@ -338,7 +338,7 @@ async def lying_source(
         async def attend() -> None:
             sock, _ = await asyncio.get_running_loop().sock_accept(listener)
             with sock:
-                stream = PlainStream(sock)
+                stream = ControlStream(sock)
                 await receive_hello(stream)
                 await stream.send(Welcome("").pack())
                 p.join((await receive_join(stream)).unique_id, 1)
@@ -373,7 +373,7 @@ async def lying_source(
 async def test_a_source_that_lies_or_leaves_fails_the_fetch_and_writes_nothing(
     lie: Callable[[Claim], bytes], said: str
 ) -> None:
-    async def answer(stream: Stream, claim: Claim) -> None:
+    async def answer(stream: ControlStream, claim: Claim) -> None:
         await stream.send(lie(claim))
 
     async with lying_source(answer) as (d, importer):
@@ -399,7 +399,7 @@ async def test_a_reader_that_lies_loses_its_epoch_and_gets_nothing(lie: Callable
         with socket.socket() as sock:
             sock.setblocking(False)
             await asyncio.get_running_loop().sock_connect(sock, (offer["host"], int(offer["port"])))
-            stream, name = PlainStream(sock), library.unique_id()
+            stream, name = ControlStream(sock), library.unique_id()
             await stream.send(Hello(bytes.fromhex(offer["token"]), 1, library.version).pack())
             assert not (await receive_welcome(stream)).refused
             await stream.send(Join(name).pack())

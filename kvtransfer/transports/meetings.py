@@ -11,11 +11,12 @@ Arrival = TypeVar("Arrival")
 
 
 class Key(NamedTuple):
-    """One grant."""
+    """One grant, or one part of it where it travels in several."""
 
     handoff: HandoffId
     epoch: int
     seq: int
+    part: int = 0
 
 
 @dataclass(slots=True)
