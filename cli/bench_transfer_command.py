@@ -70,7 +70,7 @@ def _show(report: "TransferReport") -> None:
         fetch = next(f for f in report.results if f[:3] == whole[:3])
         typer.echo(
             f"a whole handoff of {_size(whole.bytes)} over {whole.transport}, {_digest(whole.digest)}: "
-            f"{whole.p50_ms:.3f} ms from Open to COMMITTED, of which the fetch alone {fetch.p50_ms:.3f} ms"
+            f"{whole.p50_ms:.3f} ms from Open to COMMITTED; the fetch alone: {fetch.p50_ms:.3f} ms"
         )
     for name, reason in report.skipped:
         typer.echo(f"skipped {name}: {reason}")
