@@ -1,14 +1,17 @@
 """Members come, go and change under load, and sessions break: no stream notices."""
 
 import asyncio
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from stack import Stack, stack, tiny_config
 
 from pdserve.client import AsyncClient
 from pdserve.cluster.redis_server import RedisServer
 from pdserve.core.types import Role
+from pdserve.workers.seams import Seams
 
 STREAMS = 8
 TOKENS = 48
@@ -52,6 +55,11 @@ class Load:
             self.finished += 1
 
 
+async def role_weight(client: AsyncClient, name: str) -> float:
+    """As the router knows it."""
+    return next(w.role_weight for w in (await client.status()).workers if w.worker == name)
+
+
 def decoders(running: Stack) -> Callable[[str], int]:
     return lambda name: running.workers[name].decode.counters.get("opened", 0)
 
@@ -81,6 +89,9 @@ async def test_drain_remove_add_and_role_change_fail_no_stream(tiny_model: Path,
         assert opened("decode-2") > 0, "the new worker got nothing"
 
         await running.workers["mixed-0"].set_role_weight(1.0)
+        async with asyncio.timeout(20):
+            while await role_weight(client, "mixed-0") != 1.0:
+                await asyncio.sleep(0.01)
         await load.progressed(STREAMS)
         before = opened("mixed-0")
         await load.progressed(2 * STREAMS)
@@ -95,17 +106,39 @@ async def test_drain_remove_add_and_role_change_fail_no_stream(tiny_model: Path,
             "decode-2",
             "mixed-0",
         }
-        assert next(w for w in status.workers if w.worker == "mixed-0").role_weight == 1.0
+
+
+class Paced:
+    """A runner that is never more than AHEAD steps in front of what the client has read."""
+
+    AHEAD = 30
+
+    def __init__(self) -> None:
+        self.permits = threading.Semaphore(self.AHEAD)
+        self.held = False
+        self._inner: Any = None
+
+    def around(self, inner: Any) -> "Paced":
+        self._inner = inner
+        return self
+
+    def run(self, batch: Any) -> Any:
+        if self.held:
+            assert self.permits.acquire(timeout=60), "the client reads nothing"
+        return self._inner.run(batch)
 
 
 async def test_a_broken_session_is_attached_again_and_no_token_is_lost_or_doubled(
     tiny_model: Path, redis: RedisServer
 ) -> None:
     workers = {"prefill-0": Role.PREFILL, "decode-0": Role.DECODE}
-    async with stack(tiny_config(tiny_model, redis), workers) as running:
+    paced = Paced()
+    seams = {"decode-0": Seams(runner=paced.around)}
+    async with stack(tiny_config(tiny_model, redis), workers, seams=seams) as running:
         client = running.client
         assert client is not None
         expected = await client.generate(prompt(3), max_tokens=200, ignore_eos=True)
+        paced.held = True
         stream = await client.generate(prompt(3), max_tokens=200, ignore_eos=True, stream=True)
         decode = running.workers["decode-0"]
         tokens: list[int] = []
@@ -114,6 +147,7 @@ async def test_a_broken_session_is_attached_again_and_no_token_is_lost_or_double
         async for chunk in stream:
             assert chunk.first_index == len(tokens)
             tokens += chunk.token_ids
+            paced.permits.release(len(chunk.token_ids))
             text += chunk.text
             if len(tokens) // 40 > breaks:
                 breaks += 1

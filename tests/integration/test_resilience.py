@@ -14,7 +14,7 @@ from stack import RouterSeams, Stack, busy, stack, tiny_config
 
 from pdserve.client import AsyncClient
 from pdserve.cluster.redis_server import RedisServer, start_redis
-from pdserve.core.config import HandoffConfig, ServeConfig
+from pdserve.core.config import HandoffConfig, ServeConfig, SessionConfig
 from pdserve.core.errors import GrpcCode, InvalidRequest, Overloaded, PdserveError, WorkerLost
 from pdserve.core.types import BlockId, BlockName, OwnerId, Role, WorkerId
 from pdserve.kvtransfer.handoff.filler import Filler, FillEstimate, FillProgress
@@ -33,6 +33,10 @@ from pdserve.workers.spec import WorkerSpec
 PD = {"prefill-0": Role.PREFILL, "decode-0": Role.DECODE}
 QUICK = HandoffConfig(heartbeat_s=0.1, silence_s=0.6)
 """A silent peer is given up after little more than half a second."""
+
+
+UNHURRIED = SessionConfig(reattach_s=60.0)
+"""Who waits for a router to come back waits longer than a test does."""
 
 
 def prompt(number: int, tokens: int = 70) -> str:
@@ -114,7 +118,7 @@ async def test_without_redis_the_ring_serves_and_the_index_comes_back_with_it(ti
 async def test_a_fence_fails_what_runs_as_retriable_and_nothing_else(
     tiny_model: Path, redis: RedisServer, fenced: str
 ) -> None:
-    async with stack(tiny_config(tiny_model, redis), PD) as running:
+    async with stack(tiny_config(tiny_model, redis, session=UNHURRIED), PD) as running:
         client, worker = running.client, running.workers[fenced]
         assert client is not None
         expected = await completion(client, prompt(0))
@@ -129,7 +133,7 @@ async def test_a_fence_fails_what_runs_as_retriable_and_nothing_else(
             with pytest.raises(WorkerLost) as lost:
                 await stream.collect()
             assert lost.value.retriable
-            async with asyncio.timeout(2):  # nobody waits for a router to claim what is void
+            async with asyncio.timeout(20):  # nobody waits for a router to claim what is void
                 while busy(worker):
                     await asyncio.sleep(0.01)
         else:
@@ -401,13 +405,14 @@ async def test_a_drained_prefill_worker_gives_up_what_outlives_its_grace(
         hanging.append(Hanging(inner))
         return hanging[0]
 
-    async with stack(tiny_config(tiny_model, redis), PD, seams={"prefill-0": Seams(filler=hang)}) as running:
+    config = tiny_config(tiny_model, redis, handoff=HandoffConfig(silence_s=60.0))
+    async with stack(config, PD, seams={"prefill-0": Seams(filler=hang)}) as running:
         client = running.client
         assert client is not None
         call = asyncio.create_task(client.generate(prompt(0), max_tokens=8, ignore_eos=True))
         await until(lambda: hanging[0].begun == 1)
         prefill = running.workers["prefill-0"]
-        async with asyncio.timeout(2):  # and not only after the reader's patience
+        async with asyncio.timeout(20):  # and not only after the reader's patience
             assert await prefill.drain(0.1) == 0
             assert prefill.prefill.in_flight() == 0
             assert (await call).route.prefill_worker == "decode-0"
@@ -415,7 +420,7 @@ async def test_a_drained_prefill_worker_gives_up_what_outlives_its_grace(
 
 async def test_a_worker_that_stops_says_so_to_its_streams(tiny_model: Path, redis: RedisServer) -> None:
     """Before their router has waited in vain for it to come back."""
-    config = tiny_config(tiny_model, redis)
+    config = tiny_config(tiny_model, redis, session=UNHURRIED)
     async with stack(config, {**PD, "decode-1": Role.DECODE}) as running:
         client = running.client
         assert client is not None
@@ -425,7 +430,7 @@ async def test_a_worker_that_stops_says_so_to_its_streams(tiny_model: Path, redi
         ]
         for stream in streams:
             assert await stream.read() is not None
-        async with asyncio.timeout(config.session.reattach_s - 1):
+        async with asyncio.timeout(20):
             await running.remove_worker("decode-0")
             lost = [s for s in streams if s.partial.route.decode_worker == "decode-0"]
             assert lost
