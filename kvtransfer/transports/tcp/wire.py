@@ -1,32 +1,39 @@
-"""The bytes of the tcp transport: four records, little-endian, each behind its own magic.
+"""The bytes of the tcp transport: five records, little-endian, each behind its own magic.
 
     D → P   Hello    version, the token from P's offer, a random id of the reader
     P → D   Welcome  version, accepted or not
-    D → P   Claim    tag, epoch, seq, handoff id: "I am the one whom that grant is for, send it here"
-    P → D   Frame    tag, epoch, seq, status, payload size; the payload: whole blocks in the grant's order,
-                     or, when the status is not 0, the reason as text
+    D → P   Claim    tag, epoch, seq, part, parts, handoff id: "I am the one whom that grant is for, send this
+                     part of it here"
+    P → D   Frame    tag, epoch, seq, payload size; the payload: whole blocks in the grant's order, or none
+    P → D   Verdict  after each frame: nothing, if what was sent is what was granted, else the reason as text
 
 A tag is the reader's number for one claim on one connection; P repeats it. P sends a payload only for a claim
-that meets a grant which came over the handoff stream.
+that meets a grant which came over the handoff stream. The verdict follows the payload because only then has P
+read its blocks for the last time: bytes without a good one are not to be used.
 """
 
 import socket
 import struct
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
 
 from pdserve.core.types import HandoffId
-from pdserve.kvtransfer.transports.tcp.stream import Stream
 
-VERSION = 1
+VERSION = 2
 TOKEN_BYTES = 16
 MAX_HANDOFF_BYTES = 512
 MAX_REASON_BYTES = 1024
+MAX_PARTS = 4
 
 _HELLO = struct.Struct("<4sH16s16s")
 _WELCOME = struct.Struct("<4sHB")
-_CLAIM = struct.Struct("<4sQQQH")
-_FRAME = struct.Struct("<4sQQQBQ")
-HELLO_BYTES, WELCOME_BYTES, CLAIM_BYTES, FRAME_BYTES = _HELLO.size, _WELCOME.size, _CLAIM.size, _FRAME.size
+_CLAIM = struct.Struct("<4sQQQBBH")
+_FRAME = struct.Struct("<4sQQQQ")
+_VERDICT = struct.Struct("<4sH")
+HELLO_BYTES, WELCOME_BYTES, CLAIM_BYTES = _HELLO.size, _WELCOME.size, _CLAIM.size
+FRAME_BYTES, VERDICT_BYTES = _FRAME.size, _VERDICT.size
+
+T = TypeVar("T")
 
 
 class WireError(ConnectionError):
@@ -63,63 +70,80 @@ class Welcome(NamedTuple):
 
 
 class Claim(NamedTuple):
+    """`part`, from 0, of `parts` equal parts of the grant's segments (see `part_of`)."""
+
     tag: int
     handoff: HandoffId
     epoch: int
     seq: int
+    part: int = 0
+    parts: int = 1
 
     def pack(self) -> bytes:
         """Raises WireError where the handoff id is too long to send."""
         handoff = self.handoff.encode()
         if len(handoff) > MAX_HANDOFF_BYTES:
             raise WireError(f"a handoff id may have {MAX_HANDOFF_BYTES} bytes, got {len(handoff)}")
-        return _CLAIM.pack(b"PDKC", self.tag, self.epoch, self.seq, len(handoff)) + handoff
+        head = _CLAIM.pack(b"PDKC", self.tag, self.epoch, self.seq, self.part, self.parts, len(handoff))
+        return head + handoff
+
+    @classmethod
+    def take(cls, received: bytearray) -> "Claim | None":
+        """The first claim of `received`, removed from it; None while it is not whole."""
+        if len(received) < CLAIM_BYTES:
+            return None
+        magic, tag, epoch, seq, part, parts, size = _CLAIM.unpack_from(received)
+        if magic != b"PDKC" or size > MAX_HANDOFF_BYTES or not part < parts <= MAX_PARTS:
+            raise WireError(f"expected a claim, got {bytes(received[:8])!r}")
+        end = CLAIM_BYTES + size
+        if len(received) < end:
+            return None
+        try:
+            claim = cls(tag, HandoffId(received[CLAIM_BYTES:end].decode()), epoch, seq, part, parts)
+        except UnicodeDecodeError as error:
+            raise WireError(f"a handoff id is no UTF-8: {error}") from error
+        del received[:end]
+        return claim
 
 
 class FrameHeader(NamedTuple):
     tag: int
     epoch: int
     seq: int
-    failed: bool
     num_bytes: int
 
     def pack(self) -> bytes:
-        return _FRAME.pack(b"PDKF", self.tag, self.epoch, self.seq, self.failed, self.num_bytes)
+        return _FRAME.pack(b"PDKF", self.tag, self.epoch, self.seq, self.num_bytes)
 
     @classmethod
     def unpack(cls, data: bytes | bytearray) -> "FrameHeader":
-        magic, tag, epoch, seq, status, num_bytes = _FRAME.unpack(data)
-        if magic != b"PDKF" or status > 1:
+        magic, tag, epoch, seq, num_bytes = _FRAME.unpack(data)
+        if magic != b"PDKF":
             raise WireError(f"expected a frame, got {bytes(data[:8])!r}")
-        return cls(tag, epoch, seq, status == 1, num_bytes)
+        return cls(tag, epoch, seq, num_bytes)
 
 
-async def receive_claim(stream: Stream) -> Claim:
-    """The next claim on `stream`; ConnectionError when there is none any more."""
-    head = bytearray(CLAIM_BYTES)
-    await receive_exactly(stream, memoryview(head))
-    magic, tag, epoch, seq, size = _CLAIM.unpack(head)
-    if magic != b"PDKC" or size > MAX_HANDOFF_BYTES:
-        raise WireError(f"expected a claim, got {bytes(head[:8])!r}")
-    handoff = bytearray(size)
-    await receive_exactly(stream, memoryview(handoff))
-    try:
-        return Claim(tag, HandoffId(handoff.decode()), epoch, seq)
-    except UnicodeDecodeError as error:
-        raise WireError(f"a handoff id is no UTF-8: {error}") from error
+def pack_verdict(reason: str | None) -> bytes:
+    """The end of a frame: why it must not be used, None if it is what was granted."""
+    text = b"" if reason is None else reason.encode()[:MAX_REASON_BYTES] or b"the source failed"
+    return _VERDICT.pack(b"PDKS", len(text)) + text
 
 
-async def receive_exactly(stream: Stream, view: memoryview) -> None:
-    """Fill `view` from `stream`; ConnectionError where the peer ends before that."""
-    while len(view):
-        received = await stream.receive(view)
-        if not received:
-            raise ConnectionError("the peer closed the connection")
-        view = view[received:]
+def reason_bytes(verdict: bytes | bytearray) -> int:
+    """The size of the reason that follows a verdict's head; 0: the frame is good."""
+    magic, size = _VERDICT.unpack(verdict)
+    if magic != b"PDKS" or size > MAX_REASON_BYTES:
+        raise WireError(f"expected a verdict, got {bytes(verdict)!r}")
+    return int(size)
+
+
+def part_of(items: Sequence[T], part: int, parts: int) -> Sequence[T]:
+    """Part number `part` of `parts` parts of equal size, give or take one item; both ends cut alike."""
+    return items[len(items) * part // parts : len(items) * (part + 1) // parts]
 
 
 def tune(sock: socket.socket, timeout_s: float) -> None:
-    """No delay for small records, and an end for connections whose peer vanished.
+    """Non-blocking, no delay for small records, and an end for connections whose peer vanished.
 
     Buffer sizes are left to the kernel: it tunes them up to megabytes, a fixed size is capped far lower on
     most hosts.
