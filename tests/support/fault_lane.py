@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import os
 import re
 import signal
 import time
@@ -32,6 +33,8 @@ from pdserve.core.tasks import end_task
 
 SETTLE_S = 20.0
 POLL_S = 0.02
+IN_PASSING = 3
+"""Descriptors that come and go: connections of the test itself, attempts to reach somebody."""
 
 
 class FaultLane:
@@ -42,6 +45,8 @@ class FaultLane:
         self._reference = reference
         self._played = 0
         self._cluster: BareCluster | None = None
+        self._descriptors: dict[int, int] = {}
+        """Process id -> how many it had open behind its first case."""
 
     @property
     def cluster(self) -> BareCluster:
@@ -96,8 +101,9 @@ class FaultLane:
         await self._recover(case)
         await self._serve(f"behind {case.name}")
         await asyncio.to_thread(self.cluster.assert_settled, *NAMES.values(), timeout_s=SETTLE_S)
-        self._assert_no_foreign_memory()
-        return row(self.transport, case, ended, case.bound_s(slow_s))
+        await self._assert_nothing_kept()
+        rate = f"{LINK_SHARE * speed / 1e6:.2f} MB/s" if case.kind is Kind.LINK else ""
+        return row(self.transport, case, ended, case.bound_s(slow_s), rate)
 
     async def _strike(self, case: Case) -> None:
         """What a fault needs from outside while the request runs."""
@@ -187,11 +193,19 @@ class FaultLane:
             time.sleep(POLL_S)
         process.ready["incarnation"] = now
 
-    def _assert_no_foreign_memory(self) -> None:
-        """Nobody keeps the pool of a worker that is gone: each has its own mapped, and its peer's."""
+    async def _assert_nothing_kept(self) -> None:
+        """Nobody has more descriptors than behind its first case, nor the pool of a worker that is gone."""
         for name in NAMES.values():
-            pools = _mapped_pools(self.cluster.processes[name].popen.pid)
-            assert len(pools) <= len(NAMES), f"{name} has {len(pools)} pools mapped"
+            pid = self.cluster.processes[name].popen.pid
+            pools = _mapped_pools(pid)
+            assert len(pools) <= len(NAMES), (
+                f"{name} has {len(pools)} pools mapped: its own, its peer's, and?"
+            )
+            usual = self._descriptors.setdefault(pid, _descriptors(pid))
+            await _until(
+                lambda pid=pid, usual=usual: _descriptors(pid) <= usual + IN_PASSING,
+                f"{name} has {_descriptors(pid)} descriptors, behind its first case it had {usual}",
+            )
 
 
 def _is_stopped(pid: int) -> bool:
@@ -202,6 +216,10 @@ def _mapped_pools(pid: int) -> set[str]:
     """Inodes of the KV pools that a process has mapped."""
     maps = Path(f"/proc/{pid}/maps").read_text()
     return set(re.findall(r"(\d+) +/memfd:pdserve-kv", maps))
+
+
+def _descriptors(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/fd"))
 
 
 async def _until(condition: Any, what: str) -> None:

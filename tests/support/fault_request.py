@@ -75,14 +75,14 @@ def judge_calm(
     assert (route.prefill_worker, route.transport) == (NAMES["P"], transport), f"{why}: {route}"
 
 
-def row(transport: str, case: Case, ended: Ended, bound_s: float) -> Row:
-    """What the table says of a case for which everything held, its worker's books included."""
+def row(transport: str, case: Case, ended: Ended, bound_s: float, rate: str = "") -> Row:
+    """What the table says of a case for which everything held, the workers' books included."""
     return Row(
         transport=transport,
         fault=str(case.kind),
         victim=case.victim,
         state=case.state,
-        what=case.what,
+        what=case.what or rate,
         ended=ended.told,
         seconds=ended.seconds,
         bound_s=bound_s,

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from pdserve.kvtransfer.transports.base import TRANSPORT_LADDER
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -24,7 +26,8 @@ class Row:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Columns as wide as their longest cell."""
+    """One transport after the other, else in the order of the run; columns as wide as their longest cell."""
+    rows = sorted(rows, key=lambda row: TRANSPORT_LADDER.index(row.transport))
     header = tuple(field.name for field in fields(Row))
     cells = [header, *(tuple(_cell(getattr(row, name)) for name in header) for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
