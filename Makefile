@@ -14,12 +14,13 @@ PYTEST := $(BIN)/python -m pytest -q --no-header
 STAMP := $(VENV)/.pdserve-setup
 RESULT = docs/results/$(shell date -u +%F)-test-full.txt
 
-.PHONY: help setup demo proto check format unit integration clone test test-full clean
+.PHONY: help setup demo proto check format unit integration clone test test-full gpu clean
 
 help:
 	@echo "make demo        one prompt through a cluster on this machine: real model, redis, Ray"
 	@echo "make test        all that CI runs: setup, check, unit, integration, clone"
 	@echo "make test-full   the long runs; their output goes to docs/results/"
+	@echo "make gpu         KV transfers on this machine's GPU; their output goes to docs/results/"
 	@echo "make setup       $(VENV) with all extras and the demo model"
 	@echo "make check       format, lint, types, layers, proto drift"
 	@echo "make format      rewrite what ruff can"
@@ -62,7 +63,7 @@ format: setup
 
 unit: setup
 	@echo "== unit, contract and model tests"
-	@$(PYTEST) -n 2 --dist loadfile tests/unit tests/contract tests/model
+	@$(PYTEST) -n 2 --dist loadfile tests/unit tests/contract tests/model tests/gpu
 
 integration: setup
 	@echo "== integration and fault tests, wheel"
@@ -88,6 +89,11 @@ test-full: setup
 	  echo "== handoff mutations"; \
 	  $(BIN)/python scripts/handoff_mutations.py; \
 	} 2>&1 | tee $(RESULT)
+
+gpu: setup
+	@$(PIP) install -c constraints.txt -e '.[gpu]'
+	@mkdir -p docs/results
+	@scripts/gpu_transfer_check.sh $(BIN)/python 2>&1 | tee docs/results/$(shell date -u +%F)-gpu.txt
 
 clean:
 	rm -rf build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -23,7 +23,6 @@ import torch
 
 from pdserve.core.config import SecurityConfig
 from pdserve.core.errors import ConfigError, Unavailable
-from pdserve.core.security.cluster_tls import WorkerTls
 from pdserve.core.security.tls import SocketTls
 from pdserve.core.types import BlockId, HandoffId, OwnerId
 from pdserve.kvtransfer.gpu.cuda import open_gpu
@@ -63,6 +62,8 @@ def sockets_of(certificates: Path | None) -> SocketTls | None:
     """Each end, and each process, loads them for itself."""
     if certificates is None:
         return None
+    from pdserve.core.security.cluster_tls import WorkerTls
+
     tls = WorkerTls.load(SecurityConfig(tls_dir=str(certificates)))
     return None if tls is None else tls.sockets
 

@@ -19,8 +19,6 @@ import pytest
 from pdserve.core.clock import MonotonicClock
 from pdserve.core.config import SecurityConfig
 from pdserve.core.errors import Unavailable
-from pdserve.core.security.cluster_tls import WorkerTls
-from pdserve.core.security.dev_certs import make_certificates
 from pdserve.core.types import BlockId, HandoffId, OwnerId
 from pdserve.kvtransfer.gpu.base import CommunicatorFailed, GpuStream
 from pdserve.kvtransfer.pool.layout import KvLayout
@@ -417,6 +415,10 @@ async def test_a_reader_that_lies_loses_its_epoch_and_gets_nothing(lie: Callable
 async def test_nccl_is_neither_offered_nor_taken_where_workers_encrypt(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    pytest.importorskip("cryptography", reason="no certificates without it")
+    from pdserve.core.security.cluster_tls import WorkerTls
+    from pdserve.core.security.dev_certs import make_certificates
+
     make_certificates(tmp_path)
     tls = WorkerTls.load(SecurityConfig(tls_dir=str(tmp_path)))
     assert tls is not None
