@@ -4,8 +4,9 @@ A grant names blocks of one chunk. D issues it on the handoff stream; `Importer.
 `Exporter.serve` at P carry it out. Reports are values, returned to the handoff's state machine: a transport
 never raises for a lost peer, never touches a pool's accounting and never calls the engine.
 
-Only the owner writes its pool: an importer copies into blocks that D has reserved for this handoff, and bytes
-that arrive by themselves (two-sided transports) land in staging memory first.
+Only the owner writes its pool: D's own importer copies into blocks that D has reserved for this handoff, also
+out of a socket, and looks before each write whether they are still the fetch's. Bytes that arrive by themselves
+(NCCL) land in staging memory first.
 """
 
 from collections.abc import Mapping
