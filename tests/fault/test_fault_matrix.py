@@ -9,6 +9,9 @@ from fault_lane import FaultLane
 from fault_table import Row
 from greedy_reference import GreedyReference
 
+pytestmark = pytest.mark.timeout(300)
+"""The first case of a lane starts its processes, which takes its time on a busy machine."""
+
 TRANSPORTS = ("shm", "tcp")
 """Those of separate processes."""
 SAMPLE = {
