@@ -11,11 +11,11 @@ from pdserve.core.errors import from_foreign
 from pdserve.core.lifecycle import Lifecycle
 from pdserve.core.perfmodel import Prediction
 from pdserve.core.types import BLOCK_TOKENS, OwnerId, blocks_for
-from pdserve.kvtransfer.digest import digest_blocks
 from pdserve.kvtransfer.handoff import events as ev
 from pdserve.kvtransfer.handoff import instructions as do
 from pdserve.kvtransfer.handoff import wire
 from pdserve.kvtransfer.handoff.ask import FetchedPrefix
+from pdserve.kvtransfer.handoff.exposure import Exposure
 from pdserve.kvtransfer.handoff.filler import Filler, FillEstimate, FillProgress
 from pdserve.kvtransfer.handoff.held_filler import HeldFiller
 from pdserve.kvtransfer.handoff.prefill_side import PREFILL_TABLE, PrefillHandoff
@@ -56,7 +56,7 @@ class PrefillSession(Shell[PrefillHandoff, pb.PrefillMessage]):
         self._deadline = self._accepted_at + _waits_s(asked.remaining_s, site.config.request_deadline_s)
         self._fill_estimate = AT_ONCE
         self._filled_at: float | None = None
-        self._chunks: list[wire.Chunk] = []
+        self._exposure = Exposure(site.pool, site.storage, self.owner, self._tokens, digest=asked.digest)
         self._grants: dict[int, tuple[Grant, Exporter]] = {}
         self._progress = FillProgress(0)
         self._upcoming: asyncio.Task[Any] | None = None
@@ -135,10 +135,8 @@ class PrefillSession(Shell[PrefillHandoff, pb.PrefillMessage]):
         exporter = self._site.exporters.get(message.transport)
         if exporter is None or message.transport not in self._asked.transports:
             return ev.Violation(f"transport {message.transport!r} was not offered")
-        if grant.seq < len(self._chunks):
-            chunk = self._chunks[grant.seq]
-            exposed = set(zip(chunk.blocks, chunk.generations, strict=True))
-            if any((segment.source, segment.generation) not in exposed for segment in grant.segments):
+        if grant.seq < len(self._exposure):
+            if not self._exposure.allows(grant):
                 return ev.Violation(f"grant {grant.seq} names blocks that chunk {grant.seq} does not expose")
             self._grants[grant.seq] = (grant, exporter)
         return ev.GrantAsked(grant.seq)
@@ -180,7 +178,7 @@ class PrefillSession(Shell[PrefillHandoff, pb.PrefillMessage]):
                 if self._upcoming is not None:
                     self._upcoming.cancel()
             case do.SendChunk(seq):
-                chunk = self._chunks[seq]
+                chunk = self._exposure[seq]
                 self._observe(Lifecycle.CHUNK_READY, seq=seq, blocks=chunk.blocks)
                 self._send(wire.pack_chunk(chunk))
             case do.SendFilled(chunks):
@@ -300,34 +298,8 @@ class PrefillSession(Shell[PrefillHandoff, pb.PrefillMessage]):
         if step.started_at is not None and self._progress.started_at is None:
             self._observe(Lifecycle.PREFILL_STARTED, queued_at=step.queued_at, started_at=step.started_at)
         self._progress = step
-        first = self._chunks[-1].end if self._chunks else 0
-        whole = step.num_computed == self._tokens
-        end = self._blocks if whole else step.num_computed // BLOCK_TOKENS
-        if end <= first:
-            return
-        blocks = self._site.pool.table(self.owner)[first:end]
-        if len(blocks) != end - first:
-            raise ValueError(f"the engine computed {end} blocks and {self.owner} has {first + len(blocks)}")
-        chunk = wire.Chunk(
-            seq=len(self._chunks),
-            first=first,
-            blocks=blocks,
-            generations=tuple(self._site.pool.generation(block) for block in blocks),
-            last_valid_tokens=min(BLOCK_TOKENS, self._tokens - BLOCK_TOKENS * (end - 1)),
-            digests=None,
-        )
-        self._chunks.append(await asyncio.to_thread(self._digested, chunk))
-        self.feed(ev.ChunkComputed())
-
-    def _digested(self, chunk: wire.Chunk) -> wire.Chunk:
-        """In a thread: the chunk, in memory for every reader, with its digests if D wants them."""
-        self._site.storage.settle()
-        if not self._asked.digest:
-            return chunk
-        storage, last = self._site.storage, len(chunk.blocks) - 1
-        valid = [BLOCK_TOKENS] * last + [chunk.last_valid_tokens]
-        digests = digest_blocks(*storage.readable(chunk.blocks), storage.layout, valid)
-        return wire.with_digests(chunk, digests)
+        if await self._exposure.grow(step.num_computed):
+            self.feed(ev.ChunkComputed())
 
     def _fill_ended(self) -> object:
         if self._progress.num_computed != self._tokens:
