@@ -205,7 +205,9 @@ async def test_two_workers_that_hold_blocks_for_each_other_both_finish(
     """20 blocks exported and 20 wanted in each pool of 30: neither gets its own before one gives up."""
     workers = {"mixed-0": Role.MIXED, "mixed-1": Role.MIXED}
     config = engine(tiny_config(tiny_model, redis), pool_blocks=30, headroom_tokens=16)
-    config = dataclasses.replace(config, handoff=dataclasses.replace(QUICK, export_share=1.0))
+    # A late reader loses its blocks before a silent peer is given up, also where the machine is slow.
+    handoff = HandoffConfig(heartbeat_s=0.1, silence_s=2.0, export_share=1.0)
+    config = dataclasses.replace(config, handoff=handoff)
     both_fill = Both()
     seams = {name: Seams(filler=both_fill.around) for name in workers}
     router = RouterSeams(policy=lambda policy: Crossed())
