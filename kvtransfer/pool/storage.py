@@ -19,6 +19,9 @@ from pdserve.kvtransfer.pool.device_blocks import DeviceBlocks
 from pdserve.kvtransfer.pool.header import EXPORTED_OFFSET, TOKEN_BYTES, PoolHeader
 from pdserve.kvtransfer.pool.layout import KvLayout
 
+Numbers = Sequence[int] | NDArray[np.int64]
+"""Of blocks, rows or tokens."""
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -145,9 +148,7 @@ class KvStorage:
         else:
             self._on_gpu().read_into(blocks, out)
 
-    def write_blocks(
-        self, blocks: Sequence[BlockId], data: NDArray[np.uint8], rows: Sequence[int] | None = None
-    ) -> None:
+    def write_blocks(self, blocks: Numbers, data: NDArray[np.uint8], rows: Numbers | None = None) -> None:
         """Copy rows of `data` (all, in order, unless told) to blocks that the caller owns.
 
         `data` is host memory [n, block_bytes]; one row per block.
@@ -156,14 +157,14 @@ class KvStorage:
         if self._bytes is not None:
             copy_rows(data, chosen, self._bytes, blocks)
         else:
-            self._on_gpu().write(blocks, data[list(chosen)])
+            self._on_gpu().write([BlockId(int(block)) for block in blocks], data[list(chosen)])
 
     def write_and_digest_blocks(
         self,
-        blocks: Sequence[BlockId],
+        blocks: Numbers,
         data: NDArray[np.uint8],
-        rows: Sequence[int],
-        valid_tokens: Sequence[int],
+        rows: Numbers,
+        valid_tokens: Numbers,
     ) -> NDArray[np.uint64]:
         """As `write_blocks`, and the digests of what was written, in one pass over memory; CPU only.
 
@@ -202,7 +203,7 @@ class KvStorage:
 
 
 def copy_rows(
-    source: NDArray[np.uint8], rows: Sequence[int], target: NDArray[np.uint8], target_rows: Sequence[int]
+    source: NDArray[np.uint8], rows: Numbers, target: NDArray[np.uint8], target_rows: Numbers
 ) -> None:
     """target[target_rows[i]] = source[rows[i]]; raises IndexError for a row that is not there."""
     load_kernel().copy(source, _index(rows), target, _index(target_rows))
@@ -217,8 +218,8 @@ def _gpu_of(device: torch.device) -> Gpu | None:
     return open_gpu(device.index or 0)
 
 
-def _index(numbers: Sequence[int]) -> NDArray[np.int64]:
-    return np.array(numbers, np.int64)
+def _index(numbers: Numbers) -> NDArray[np.int64]:
+    return np.ascontiguousarray(numbers, np.int64)
 
 
 def _sealed_memory(size: int) -> int:

@@ -5,15 +5,17 @@ A grant names blocks of one chunk. D issues it on the handoff stream; `Importer.
 never raises for a lost peer, never touches a pool's accounting and never calls the engine.
 
 Only the owner writes its pool: D's own importer copies into blocks that D has reserved for this handoff, also
-out of a socket, and looks before each write whether they are still the fetch's. Bytes that arrive by themselves
-(NCCL) land in staging memory first.
+out of a socket, and looks before each write whether they are still the fetch's. Bytes that arrive by
+themselves (NCCL) land in staging memory first.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from pdserve.core.types import BlockId, HandoffId
+from pdserve.kvtransfer.transports.segment_table import SegmentTable
 
 TRANSPORT_LADDER = ("inproc", "cuda_ipc", "nccl", "shm", "tcp")
 """Best rung first; the names are the same in flags, messages and metrics."""
@@ -33,7 +35,7 @@ class Segment(NamedTuple):
     valid_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Grant:
     """What to copy for one chunk. `epoch` tells attempts over one connection apart.
 
@@ -45,6 +47,11 @@ class Grant:
     seq: int
     segments: tuple[Segment, ...]
     digest: bool = False
+
+    @cached_property
+    def table(self) -> SegmentTable:
+        """`segments` as columns. Raises OverflowError for a number of 64 bits."""
+        return SegmentTable(self.segments)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from pdserve.core.errors import PdserveError
 from pdserve.kvtransfer.digest import as_bytes
 from pdserve.kvtransfer.pool.storage import KvStorage
-from pdserve.kvtransfer.transports.base import Grant, Segment
+from pdserve.kvtransfer.transports.base import Grant
 
 T = TypeVar("T")
 
 _WORD = 1 << 63
-_BATCH = 64
-"""Blocks copied between two looks at whether the fetch is still wanted."""
+_BATCH_BYTES = 16 << 20
+"""Copied between two looks at whether the fetch is still wanted: a few milliseconds."""
 
 
 class CopyThread:
@@ -115,17 +115,17 @@ def copy_segments(
     if (reason := reason or distrust()) is not None:
         return Copied(reason)
     digests: list[bytes] | None = [] if grant.digest and storage.on_host else None
-    for start in range(0, len(grant.segments), _BATCH):
+    table, batch = grant.table, max(1, _BATCH_BYTES // storage.layout.block_bytes)
+    for start in range(0, len(table), batch):
         if is_unwanted():
             return Copied("the fetch was given up while it copied")
-        batch = grant.segments[start : start + _BATCH]
-        sources = [segment.source for segment in batch]
-        destinations = [segment.destination for segment in batch]
+        part = slice(start, start + batch)
+        sources, destinations = table.sources[part], table.destinations[part]
         try:
             if digests is None:
                 storage.write_blocks(destinations, source, sources)
             else:
-                valid = [segment.valid_tokens for segment in batch]
+                valid = table.valid_tokens[part]
                 digests.append(
                     as_bytes(storage.write_and_digest_blocks(destinations, source, sources, valid))
                 )
@@ -138,40 +138,7 @@ def refusal(grant: Grant, *, sources: int | None, destinations: int | None, bloc
     """Why a grant cannot be carried out between pools of these sizes (None: not this side's to check)."""
     if not (0 <= grant.epoch < _WORD and 0 <= grant.seq < _WORD):
         return f"epoch {grant.epoch} and seq {grant.seq} must be in [0, 2**63)"
-    if not grant.segments:
-        return None
-    source, _, destination, valid = zip(*grant.segments, strict=True)
-    if sources is not None and (bad := _outside(source, 0, sources - 1)) is not None:
-        return f"source block {bad} is not in a pool of {sources} blocks"
-    if destinations is not None and (bad := _outside(destination, 0, destinations - 1)) is not None:
-        return f"destination block {bad} is not in a pool of {destinations} blocks"
-    if (bad := _outside(valid, 1, block_tokens)) is not None:
-        return f"{bad} valid tokens in a block of {block_tokens}"
-    return None
-
-
-def stale(segments: Sequence[Segment], generations: NDArray[np.uint64]) -> str | None:
-    """Which source block is no longer what was granted, None if all still are.
-
-    Readers ask before and after they copy (see blocks.Blocks). x86-64 keeps the two loads and the copy in
-    order, and a native copy orders its writes; on machines that do not, the digest over what landed is what
-    catches a torn read.
-    """
-    if not segments:
-        return None
-    found = generations[[segment.source for segment in segments]].tolist()
-    if found == [segment.generation for segment in segments]:
-        return None
-    for segment, generation in zip(segments, found, strict=True):
-        if generation != segment.generation:
-            said = f"source block {segment.source} is of generation {generation}"
-            return f"{said}, granted was {segment.generation}"
-    return None
-
-
-def _outside(numbers: Sequence[int], least: int, most: int) -> int | None:
-    """A number that is not in [least, most], None if all are."""
-    for extreme in (min(numbers), max(numbers)):
-        if not least <= extreme <= most:
-            return extreme
-    return None
+    try:
+        return grant.table.outside(sources=sources, destinations=destinations, block_tokens=block_tokens)
+    except OverflowError:
+        return "a segment has a number of 64 bits"

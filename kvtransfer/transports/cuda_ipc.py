@@ -126,7 +126,7 @@ class CudaIpcImporter:
             destinations=rows.num_rows,
             block_tokens=self._layout.block_tokens,
         )
-        if (reason := reason or self._mapped.distrust(grant.segments)) is not None:
+        if (reason := reason or self._mapped.distrust(grant.table)) is not None:
             return reason
         sources = [segment.source for segment in grant.segments]
         destinations = [segment.destination for segment in grant.segments]
@@ -135,7 +135,7 @@ class CudaIpcImporter:
             self._stream.record().wait()
         except (PdserveError, RuntimeError) as error:
             return f"the blocks could not be copied: {error}"
-        return self._mapped.distrust(grant.segments)
+        return self._mapped.distrust(grant.table)
 
     def _let_go(self) -> None:
         """In the copy thread."""

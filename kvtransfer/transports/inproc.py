@@ -9,7 +9,6 @@ import asyncio
 import os
 import secrets
 import threading
-from collections.abc import Sequence
 from weakref import WeakValueDictionary
 
 from pdserve.core.clock import Clock, MonotonicClock
@@ -17,8 +16,9 @@ from pdserve.core.errors import Unavailable
 from pdserve.core.types import HandoffId
 from pdserve.kvtransfer.native import load_kernel
 from pdserve.kvtransfer.pool.storage import KvStorage
-from pdserve.kvtransfer.transports.base import Failed, Grant, Landed, Offer, Segment, SourceDone
-from pdserve.kvtransfer.transports.copying import Copied, CopyThread, copy_segments, stale
+from pdserve.kvtransfer.transports.base import Failed, Grant, Landed, Offer, SourceDone
+from pdserve.kvtransfer.transports.copying import Copied, CopyThread, copy_segments
+from pdserve.kvtransfer.transports.segment_table import SegmentTable
 
 _TOKEN_BYTES = 16
 
@@ -143,12 +143,12 @@ class InprocImporter:
             grant,
             source,
             self._storage,
-            lambda: self._distrust(grant.segments),
+            lambda: self._distrust(grant.table),
             lambda: stop.is_set() or self._closing.is_set(),
         )
 
-    def _distrust(self, segments: Sequence[Segment]) -> str | None:
+    def _distrust(self, segments: SegmentTable) -> str | None:
         """Why bytes read from `segments` now would not be the granted ones; None if they are."""
         if not self._source.exported:
             return "the pool is no longer exported"
-        return stale(segments, self._source.storage.generations)
+        return segments.stale(self._source.storage.generations)

@@ -9,7 +9,7 @@ import fcntl
 import mmap
 import os
 import select
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +20,8 @@ from pdserve.core.errors import Unavailable
 from pdserve.kvtransfer.pool.header import EXPORTED_OFFSET, PAGE_BYTES, PoolHeader
 from pdserve.kvtransfer.pool.layout import KvLayout
 from pdserve.kvtransfer.pool.storage import KvStorage
-from pdserve.kvtransfer.transports.base import Offer, Segment
-from pdserve.kvtransfer.transports.copying import stale
+from pdserve.kvtransfer.transports.base import Offer
+from pdserve.kvtransfer.transports.segment_table import SegmentTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +100,13 @@ class MappedPool:
         flat = np.frombuffer(self._map, np.uint8, num_blocks * block_bytes, self.header.blocks_offset)
         return flat.reshape(num_blocks, block_bytes)
 
-    def distrust(self, segments: Sequence[Segment]) -> str | None:
+    def distrust(self, segments: SegmentTable) -> str | None:
         """Why bytes read from `segments` now would not be the granted ones; None if they are."""
         if self._poll.poll(0):
             return "the pool's process has ended"
         if self._map[: len(self._header_bytes)] != self._header_bytes or not self._map[EXPORTED_OFFSET]:
             return "the pool is no longer exported"
-        return stale(segments, self._generations)
+        return segments.stale(self._generations)
 
     def close(self) -> None:
         """The address range goes with the views, which nobody else holds."""

@@ -113,6 +113,6 @@ class ShmImporter:
             grant,
             self._mapped.blocks(),
             self._storage,
-            lambda: self._mapped.distrust(grant.segments),
+            lambda: self._mapped.distrust(grant.table),
             stop.is_set,
         )

@@ -16,7 +16,7 @@ from pdserve.core.types import HandoffId
 from pdserve.kvtransfer.gpu.base import Communicators
 from pdserve.kvtransfer.pool.storage import KvStorage
 from pdserve.kvtransfer.transports.base import Failed, Grant, Offer, SourceDone
-from pdserve.kvtransfer.transports.copying import refusal, stale
+from pdserve.kvtransfer.transports.copying import refusal
 from pdserve.kvtransfer.transports.meetings import Key, Meetings
 from pdserve.kvtransfer.transports.nccl.link import Link
 from pdserve.kvtransfer.transports.nccl.stream import ControlStream
@@ -301,12 +301,12 @@ class NcclExporter:
     def _pack(self, reader: _Reader, grant: Grant) -> str | None:
         """In the link's thread: the granted bytes, checked before and after, to staging memory."""
         epoch, blocks, generations = reader.link.epoch, self._blocks, self._storage.generations
-        if (reason := stale(grant.segments, generations)) is not None:
+        if (reason := grant.table.stale(generations)) is not None:
             return reason
         packed = epoch.staged(len(grant.segments), blocks.rows.row_bytes)
         blocks.gather(epoch.stream, [segment.source for segment in grant.segments], packed)
         epoch.stream.record().wait()
-        return stale(grant.segments, generations)
+        return grant.table.stale(generations)
 
     def _post(self, reader: _Reader, grant: Grant) -> None:
         """In the link's thread: what was packed last."""

@@ -6,7 +6,7 @@ from itertools import islice
 from pdserve.core.errors import PdserveError
 from pdserve.kvtransfer.pool.storage import KvStorage
 from pdserve.kvtransfer.transports.base import Segment
-from pdserve.kvtransfer.transports.copying import stale
+from pdserve.kvtransfer.transports.segment_table import SegmentTable
 from pdserve.kvtransfer.transports.tcp.stream import Stream, after
 from pdserve.kvtransfer.transports.tcp.wire import Claim, FrameHeader, pack_verdict
 
@@ -47,9 +47,9 @@ class Outgoing:
 
     def _make(self) -> Iterator[Sequence[memoryview]]:
         """The frame in pieces, each made when the one before is sent; the verdict last, by a last look."""
-        generations = self._storage.generations
+        table, generations = SegmentTable(self._segments), self._storage.generations
         header = FrameHeader(self.claim.tag, self.claim.epoch, self.claim.seq, 0)
-        self.reason = stale(self._segments, generations)
+        self.reason = table.stale(generations)
         if self.reason is not None:
             yield [memoryview(header.pack() + pack_verdict(self.reason))]
             return
@@ -59,7 +59,7 @@ class Outgoing:
             yield from self._from_host(head) if self._on_host else self._from_device(head)
         except (PdserveError, RuntimeError) as error:
             raise ConnectionError(f"the blocks could not be read: {error}") from error
-        self.reason = stale(self._segments, generations)
+        self.reason = table.stale(generations)
         yield [memoryview(pack_verdict(self.reason))]
 
     def _from_host(self, head: memoryview) -> Iterator[Sequence[memoryview]]:
