@@ -230,6 +230,10 @@ void copy_past_caches(u8* to, const u8* from, size_t n, u8* keep) {
   memcpy(to + at, (kKeep ? keep : from) + at, n - at);
 }
 
+inline void prefetch(const u8* at, size_t n) {
+  for (size_t line = 0; line < n; line += 64) __builtin_prefetch(at + line, 0, 2);
+}
+
 // Writes past the caches are seen by other threads in order only after this.
 inline void order_writes() {
 #if defined(__AVX2__)
@@ -274,6 +278,7 @@ void pdserve_copy_and_digest_rows(const u8* source, const int64_t* source_rows, 
   const int64_t group = scratch_bytes / segment_bytes;
   for (int64_t i = 0; i < n; ++i) {
     const u8* from = source + source_rows[i] * segments * segment_bytes;
+    const u8* following = source + source_rows[i + 1 < n ? i + 1 : i] * segments * segment_bytes;
     u8* to = target + target_rows[i] * segments * segment_bytes;
     for (int64_t first = 0; first < segments; first += group) {
       const int64_t end = first + group < segments ? first + group : segments;
@@ -285,9 +290,13 @@ void pdserve_copy_and_digest_rows(const u8* source, const int64_t* source_rows, 
         memcpy(scratch, from + at, size);
         memcpy(to + at, scratch, size);
       }
-      for (int64_t s = first; s < end; ++s)
+      // What comes next is on its way from memory while this is digested.
+      const u8* next = end < segments ? from + end * segment_bytes : following;
+      for (int64_t s = first; s < end; ++s) {
+        prefetch(next + (s - first) * segment_bytes, static_cast<size_t>(segment_bytes));
         *out++ = digest(scratch + (s - first) * segment_bytes, static_cast<size_t>(valid[i]),
                         static_cast<u64>(s));
+      }
     }
   }
   order_writes();
