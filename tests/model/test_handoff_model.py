@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 from handoff_mutations import MUTATIONS, Mutation, caught, main
 
 
+@pytest.mark.timeout(300)  # half a minute of pure computing, on a core of its own
 @pytest.mark.parametrize("name", small())
 def test_every_state_is_safe_and_can_end(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     report = explore(small()[name])
