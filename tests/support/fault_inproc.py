@@ -72,9 +72,9 @@ async def _play(
     for side, faults in case.faults(Pids(P=0, D=0, redis=server.pid or 0)).items():
         points[side].arm(faults)
     ended = await _struck(case, target, prompt, points, server)
-    fired = [fault for side in points.values() for fault in side.fired]
-    for side in points.values():
-        side.release()
+    fired = [fault for armed in points.values() for fault in armed.fired]
+    for armed in points.values():
+        armed.release()
     judge(reference, case, prompt, ended, case.bound_s(0.0))
     assert fired, "the fault never struck"
     counters = (await running.workers[NAMES["D"]].inspect()).counters

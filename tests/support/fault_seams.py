@@ -5,7 +5,7 @@ import dataclasses
 import os
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, aclosing, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import grpc
 from fault_points import FaultPoints
@@ -27,7 +27,7 @@ def fault_seams(points: FaultPoints, flipped: Flip | None = None) -> Seams:
         observer=points.observe,
         filler=lambda filler: _Filler(filler, points),
         importers=lambda importers: _Importers(importers, points, flipped or flipped_in_process),
-        channel=lambda channel: _Channel(channel, points),
+        channel=lambda channel: cast(grpc.aio.Channel, _Channel(channel, points)),
     )
 
 

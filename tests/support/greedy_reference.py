@@ -24,9 +24,9 @@ class GreedyReference:
         """Of its KV."""
         config = self._decoder.config
         head_dim = config.hidden_size // config.num_attention_heads
-        return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * 4
+        return int(2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * 4)
 
-    def first_wrong(self, prompt: list[int], tokens: Sequence[int]) -> int | None:
+    def first_wrong(self, prompt: Sequence[int], tokens: Sequence[int]) -> int | None:
         """Index of the first token that greedy decoding would not have chosen; None if there is none.
 
         One pass over all of them: each is judged behind those before it.
