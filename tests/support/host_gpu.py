@@ -60,7 +60,12 @@ def compiled_kernel() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "blocks_cu_on_host.cpp"
         source.write_text(_BEFORE + SOURCE.read_text() + _AFTER)
-        return ctypes.CDLL(str(build(source, user_cache())))
+        loaded = ctypes.CDLL(str(build(source, user_cache())))
+    pointer, number, count = ctypes.c_void_p, ctypes.c_longlong, ctypes.c_uint
+    for function in (loaded.launch_pdserve_copy_rows_16, loaded.launch_pdserve_copy_rows_1):
+        function.argtypes = (pointer, pointer, pointer, pointer, number, count, count, count)
+        function.restype = None
+    return loaded
 
 
 def launch(kernel: str, grid: int, *arguments: int | NDArray[np.int64]) -> None:
@@ -68,16 +73,17 @@ def launch(kernel: str, grid: int, *arguments: int | NDArray[np.int64]) -> None:
     source, chosen, target, places, row_bytes, tiles = arguments
     assert isinstance(chosen, np.ndarray)
     assert isinstance(places, np.ndarray)
-    pointer, number, count = ctypes.c_void_p, ctypes.c_longlong, ctypes.c_uint
     function = getattr(compiled_kernel(), f"launch_{kernel}")
-    function.argtypes = (pointer, pointer, pointer, pointer, number, count, count, count)
-    function.restype = None
     function(source, chosen.ctypes.data, target, places.ctypes.data, row_bytes, tiles, grid, THREADS)
 
 
 def host_view(pointer: int, size: int) -> NDArray[np.uint8]:
     """Memory of this process."""
     return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pointer))
+
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_FREED: list[mmap.mmap] = []
 
 
 class HostMemory:
@@ -95,11 +101,14 @@ class HostMemory:
         return torch.frombuffer(self._map, dtype=torch.uint8)
 
     def free(self) -> None:
-        """The bytes are gone, the address range stays: what touches it later reads zeros and hurts nobody."""
+        """The bytes are gone and the addresses are never used again: who touches them later crashes."""
         if not self.freed:
             self.freed = True
             self._map.madvise(mmap.MADV_REMOVE)
             os.close(self.fd)
+            size = -(-self.num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+            assert _LIBC.mprotect(ctypes.c_void_p(self.pointer), ctypes.c_size_t(size), 0) == 0
+            _FREED.append(self._map)
 
 
 class HostEvent:
