@@ -53,6 +53,10 @@ class Grant:
         """`segments` as columns. Raises OverflowError for a number of 64 bits."""
         return SegmentTable(self.segments)
 
+    def __reduce__(self) -> tuple[type["Grant"], tuple[object, ...]]:
+        """Without the table, which a copy thread may add at any moment."""
+        return Grant, (self.handoff, self.epoch, self.seq, self.segments, self.digest)
+
 
 @dataclass(frozen=True, slots=True)
 class Landed:

@@ -1,5 +1,6 @@
 """A table says of a grant's segments what a look at each of them says."""
 
+import pickle
 import random
 
 import numpy as np
@@ -67,3 +68,11 @@ def test_a_number_of_64_bits_off_the_wire_is_refused(number: int) -> None:
     reason = refusal(grant, sources=8, destinations=8, block_tokens=16)
     assert reason is not None
     assert "64 bits" in reason
+
+
+def test_a_grant_travels_without_its_table() -> None:
+    grant = Grant(HandoffId("h"), 3, 5, (Segment(BlockId(1), 1, BlockId(2), 16),), digest=True)
+    before = pickle.dumps(grant)
+    assert len(grant.table) == 1
+    assert pickle.dumps(grant) == before
+    assert pickle.loads(before) == grant
