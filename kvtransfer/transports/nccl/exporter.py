@@ -22,6 +22,7 @@ from pdserve.kvtransfer.transports.nccl.link import Link
 from pdserve.kvtransfer.transports.nccl.stream import ControlStream
 from pdserve.kvtransfer.transports.nccl.wire import (
     TOKEN_BYTES,
+    VISIT,
     Claim,
     Hello,
     Post,
@@ -214,6 +215,9 @@ class NcclExporter:
             tune(sock, self._timeout_s)
             async with asyncio.timeout(self._timeout_s):
                 hello = await self._greet(stream)
+                if hello.epoch == VISIT:
+                    sock.close()
+                    return
                 unique_id = (await receive_join(stream)).unique_id
         except OSError as error:
             _log.warning("kv transfer: a reader at %s is refused: %s", peer_of(sock), error)

@@ -19,6 +19,7 @@ from pdserve.kvtransfer.transports.nccl.link import Link
 from pdserve.kvtransfer.transports.nccl.stream import ControlStream
 from pdserve.kvtransfer.transports.nccl.wire import (
     TOKEN_BYTES,
+    VISIT,
     Claim,
     Hello,
     Join,
@@ -151,7 +152,7 @@ class _Connection:
 
 
 class NcclImporter:
-    """One peer, connected when it is first needed, and again by the next fetch whenever that was lost."""
+    """One peer, joined by the first fetch, and again by the next one whenever that was lost or idle."""
 
     transport = "nccl"
 
@@ -195,9 +196,13 @@ class NcclImporter:
         return self._epochs
 
     async def warm_up(self) -> None:
-        """Connect and join: tens of milliseconds. Raises OSError (a timeout is one) where that fails."""
-        await self._connected()
-        self._watch_idleness()
+        """Ask P whether this reader would be welcome. Raises OSError (a timeout is one) where it is not.
+
+        The communicator is for the first fetch: it holds device memory at both ends.
+        """
+        async with asyncio.timeout(self._timeout_s):
+            stream = await self._greet(VISIT)
+        stream.close()
 
     async def fetch(self, grant: Grant) -> Landed | Failed:
         started, rows = self._clock.now(), self._blocks.rows
@@ -272,6 +277,20 @@ class NcclImporter:
 
     async def _connect(self) -> tuple[ControlStream, bytes]:
         """A socket on which P has welcomed this epoch, and the name under which both join."""
+        with contextlib.ExitStack() as stack:
+            stream = await self._greet(self._epochs)
+            stack.callback(stream.close)
+            # Only now: NCCL keeps a thread for every name under which two have not met.
+            try:
+                unique_id = await asyncio.to_thread(self._communicators.unique_id)
+            except RuntimeError as error:
+                raise ConnectionError(str(error)) from error
+            await stream.send(Join(unique_id).pack())
+            stack.pop_all()
+        return stream, unique_id
+
+    async def _greet(self, epoch: int) -> ControlStream:
+        """A new socket, on which P has said welcome. The caller closes it."""
         loop = asyncio.get_running_loop()
         host, port = self._address
         family, kind, protocol, _, address = (await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))[0]
@@ -281,19 +300,12 @@ class NcclImporter:
             tune(sock, self._timeout_s)
             await loop.sock_connect(sock, address)
             stream = ControlStream(sock)
-            hello = Hello(self._token, self._epochs, self._communicators.version)
-            await stream.send(hello.pack())
+            await stream.send(Hello(self._token, epoch, self._communicators.version).pack())
             welcome = await receive_welcome(stream)
             if welcome.refused:
                 raise ConnectionError(f"the source refused this reader: {welcome.refused}")
-            # Only now: NCCL keeps a thread for every name under which two have not met.
-            try:
-                unique_id = await asyncio.to_thread(self._communicators.unique_id)
-            except RuntimeError as error:
-                raise ConnectionError(str(error)) from error
-            await stream.send(Join(unique_id).pack())
             stack.pop_all()
-        return stream, unique_id
+        return stream
 
     def _watch_idleness(self) -> None:
         """Close the communicator `idle_s` after the last use, if there is none by then."""

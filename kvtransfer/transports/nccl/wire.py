@@ -1,6 +1,7 @@
 """What D and P tell each other on the socket of an epoch, little-endian, each record behind its own magic.
 
-    D → P   Hello    version, the offer's token, D's number of the epoch, NCCL's version
+    D → P   Hello    version, the offer's token, D's number of the epoch, from 1, NCCL's version;
+                     0: D only asks, and leaves with the answer
     P → D   Welcome  version; empty, or why not
     D → P   Join     NCCL's unique id; both join the communicator, D as rank 0
     D → P   Claim    tag, epoch, seq, handoff id: "I am the one whom that grant is for"
@@ -20,6 +21,8 @@ from pdserve.kvtransfer.gpu.nccl import UNIQUE_ID_BYTES
 from pdserve.kvtransfer.transports.nccl.stream import ControlStream
 
 VERSION = 1
+VISIT = 0
+"""For an epoch in Hello: none is to follow."""
 TOKEN_BYTES = 16
 MAX_TEXT_BYTES = 1024
 """Of a reason, and of a handoff's id."""

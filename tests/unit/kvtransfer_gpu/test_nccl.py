@@ -131,25 +131,28 @@ async def test_a_pair_has_one_communicator_and_both_ends_post_in_ds_order() -> N
         assert pair.importer.epochs == 1
 
 
-async def test_it_is_connected_before_the_first_fetch_when_it_is_warmed_up() -> None:
+async def test_warming_up_asks_p_and_makes_no_communicator_and_the_first_fetch_does() -> None:
     async with pair_of() as pair:
-        assert not pair.d.library.made, "nothing is made before it is needed"
-        await pair.importer.warm_up()
-        assert len(pair.d.library.made) == len(pair.p.library.made) == 1
+        for _ in range(3):
+            await pair.importer.warm_up()
+        assert not pair.d.library.made
+        await until(lambda: len(pair.exporter._tasks) == 1)  # it listens, and keeps nothing of a visit
         await pair.works(0)
-        assert pair.importer.epochs == 1
+        assert len(pair.d.library.made) == len(pair.p.library.made) == pair.importer.epochs == 1
 
 
 @pytest.mark.parametrize("who", ["p", "d"])
-async def test_a_peer_that_does_not_join_fails_the_warm_up_in_time_and_nothing_is_left(who: str) -> None:
+async def test_a_peer_that_does_not_join_fails_the_fetch_in_time_and_nothing_is_left(who: str) -> None:
     async with pair_of(SHORT_S) as pair:
         library = pair.p.library if who == "p" else pair.d.library
         library.deaf = True
-        with pytest.raises(OSError):
-            await pair.importer.warm_up()
+        await pair.importer.warm_up()
+        fetched, served = await pair.carry_out(grant(0))
+        assert isinstance(fetched, Failed)
+        assert isinstance(served, Failed)
         library.deaf = False
         await until(lambda: pair.p.all_ended() and pair.d.all_ended())
-        await pair.works(0)
+        await pair.works(1)
         assert pair.importer.epochs == 2
 
 
