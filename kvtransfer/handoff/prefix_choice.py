@@ -17,7 +17,7 @@ from pdserve.core.types import BLOCK_TOKENS
 _PATIENCE = 4.0
 """A fetch may take so many times what was predicted,"""
 
-_LEAST_PATIENCE_S = 0.5
+LEAST_PATIENCE_S = 0.5
 """or this long: in less, the pauses of two busy processes decide, and not the way between them."""
 
 
@@ -45,7 +45,7 @@ class PrefixPlan:
     @property
     def patience_s(self) -> float:
         """How long the fetch may take."""
-        return max(_LEAST_PATIENCE_S, _PATIENCE * self.fetch_s)
+        return max(LEAST_PATIENCE_S, _PATIENCE * self.fetch_s)
 
 
 def plan_prefix(

@@ -4,10 +4,12 @@
                              └──holds fewer: once more, for what it has
                              └──anything else: computed, as if nobody had been asked
 
-The fetched blocks are named, announced and owned by nobody from the commit on: the fill finds them by name as
-it finds any cached block. To keep them pinned until then would be to hold blocks and wait for more.
+Prompts that want the same blocks at the same time move them once. The fetched blocks are named, announced
+and owned by nobody from the commit on: the fill finds them by name as it finds any cached block. To keep them
+pinned until then would be to hold blocks and wait for more.
 """
 
+import asyncio
 import itertools
 import logging
 from collections import Counter
@@ -21,13 +23,21 @@ from pdserve.core.types import BLOCK_TOKENS, BlockName, OwnerId, RequestId, Work
 from pdserve.core.worker_record import WorkerRecord
 from pdserve.kvtransfer.handoff.ask import FetchedPrefix, HandoffAsk, NotServed, PrefixHolder
 from pdserve.kvtransfer.handoff.consumer import DecodeHandoffs
-from pdserve.kvtransfer.handoff.prefix_choice import PrefixPlan, bare_movement, plan_prefix
+from pdserve.kvtransfer.handoff.prefix_choice import (
+    LEAST_PATIENCE_S,
+    PrefixPlan,
+    bare_movement,
+    plan_prefix,
+)
 from pdserve.kvtransfer.pool.pool import KvPool
 
 _log = logging.getLogger(__name__)
 
 _ASKS = 2
 """Once as the hint says, once more as the holder's rejection says."""
+
+_BACKOFF_S = 10.0
+"""How long nobody asks a holder that let a fetch's time pass: else every prompt would wait for it anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +59,8 @@ class PrefixFetch:
 
     A fetch takes blocks that the request is promised, or has its share of the pool for, already: the fill
     that follows takes the same blocks again, by name, so they count once. It never waits for memory, here or
-    at the holder, and never lasts longer than `PrefixPlan.patience_s`.
+    at the holder, and gives an answer no longer than `PrefixPlan.patience_s`. Who joins another prompt's
+    fetch holds no block meanwhile.
     """
 
     def __init__(
@@ -75,16 +86,26 @@ class PrefixFetch:
         self._clock = clock
         self._serial = itertools.count()
         self._counters: Counter[str] = Counter()
+        self._running: dict[BlockName, asyncio.Future[None]] = {}
+        """Fetches under way, by the last block that they bring; cancelled with the request that made them."""
+        self._backoffs: dict[WorkerId, float] = {}
+        """When those may be asked again that did not answer in time."""
 
     @property
     def counters(self) -> dict[str, int]:
-        """Totals since start: asked, asked_again, fetched, blocks (moved), too_dear, failed_<outcome>."""
+        """Totals since start: asked, asked_again, joined (another prompt's fetch of the same), fetched,
+        blocks (moved), too_dear, failed_<outcome>.
+        """
         return dict(self._counters)
 
     def plan(self, ask: PrefixAsk) -> PrefixPlan | None:
-        """What there is to fetch; None where the holder has no more than this worker, or is this worker."""
+        """What there is to fetch; None where the holder has no more than this worker, is this worker, or did
+        not answer in time just now.
+        """
         holder = ask.holder
         if holder is None or holder.peer.worker == self._record().worker:
+            return None
+        if self._clock.now() < self._backoffs.get(holder.peer.worker, 0.0):
             return None
         return plan_prefix(
             self._perf,
@@ -98,14 +119,44 @@ class PrefixFetch:
     async def fetch(self, ask: PrefixAsk) -> FetchedPrefix | None:
         """Have what `ask.holder` holds in this worker's cache, if that is cheaper than to compute it.
 
-        None where nothing was fetched, for whatever reason: the caller computes. A cancel leaves nothing.
+        None where nothing was fetched for it, for whatever reason: the caller computes what is not here now.
+        A cancel leaves nothing, and whoever waited for the same blocks fetches them itself.
         """
-        for attempt in range(_ASKS):
-            plan = self.plan(ask)
-            if plan is None or ask.holder is None:
+        while (plan := self._paying(ask)) is not None:
+            name = ask.chain[plan.blocks - 1]
+            running = self._running.get(name)
+            if running is None:
+                return await self._lead(name, ask, plan)
+            self._counters["joined"] += 1
+            await asyncio.wait({running})
+            if not running.cancelled():
                 return None
-            if not plan.pays:
-                self._counters["too_dear"] += 1
+        return None
+
+    def _paying(self, ask: PrefixAsk) -> PrefixPlan | None:
+        plan = self.plan(ask)
+        if plan is not None and not plan.pays:
+            self._counters["too_dear"] += 1
+            return None
+        return plan
+
+    async def _lead(self, name: BlockName, ask: PrefixAsk, plan: PrefixPlan) -> FetchedPrefix | None:
+        """Fetch on behalf of all who come for the same blocks meanwhile."""
+        running = self._running[name] = asyncio.get_running_loop().create_future()
+        try:
+            return await self._ask_until_known(ask, plan)
+        except asyncio.CancelledError:
+            running.cancel()
+            raise
+        finally:
+            del self._running[name]
+            if not running.done():
+                running.set_result(None)
+
+    async def _ask_until_known(self, ask: PrefixAsk, first: PrefixPlan) -> FetchedPrefix | None:
+        plan: PrefixPlan | None = first
+        for attempt in range(_ASKS):
+            if plan is None or ask.holder is None:
                 return None
             self._counters["asked_again" if attempt else "asked"] += 1
             outcome = await self._ask(ask, ask.holder, plan)
@@ -116,6 +167,7 @@ class PrefixFetch:
             if outcome is None or outcome.held_blocks is None:
                 return None
             ask = replace(ask, holder=PrefixHolder(ask.holder.peer, outcome.held_blocks))
+            plan = self._paying(ask)
         return None
 
     async def _ask(
@@ -132,6 +184,7 @@ class PrefixFetch:
             return None
         if isinstance(outcome, NotServed):
             self._counters[f"failed_{outcome.reason}"] += 1
+            self._note_failure(holder.peer.worker, self._clock.now() - started)
             _log.info(
                 "request %s: %s did not serve a prefix of %d blocks, computing it: %s",
                 ask.request_id,
@@ -145,6 +198,12 @@ class PrefixFetch:
             took_s = self._clock.now() - started
             self._perf.observe_handoff(bare_movement(outcome.bytes_moved), outcome.transport, took_s)
         return FetchedPrefix(holder.peer.worker, outcome.blocks_moved)
+
+    def _note_failure(self, worker: WorkerId, took_s: float) -> None:
+        now = self._clock.now()
+        self._backoffs = {other: until for other, until in self._backoffs.items() if now < until}
+        if took_s >= LEAST_PATIENCE_S:
+            self._backoffs[worker] = now + _BACKOFF_S
 
     def _handoff_ask(self, ask: PrefixAsk, plan: PrefixPlan, owner: OwnerId) -> HandoffAsk:
         left_s = plan.patience_s

@@ -227,7 +227,54 @@ async def test_a_holder_that_is_silent_is_given_up_within_the_fetchs_own_time(
         await leap(100.0)
         assert await task is None
         assert here.prefixes.counters == {"asked": 1, "failed_deadline": 1}
+        directly = here.prefix_ask(PROMPT, holder.holder(4))
+        assert await here.prefixes.fetch(directly) is None, "it is left alone for a while"
+        assert here.prefixes.counters == {"asked": 1, "failed_deadline": 1}
+        await leap(10.0)
+        assert await here.prefixes.fetch(directly) == FetchedPrefix(holder.peer().worker, 4)
         await wire.close()
+
+
+async def test_prompts_that_come_together_move_what_they_share_once() -> None:
+    """Each in blocks of its own, they would also evict what others have cached."""
+    holder, here = Mate("holder"), Mate("here", blocks=8)
+    async with mates(holder, here):
+        holder.hold(PROMPT)
+        other = tuple(range(900, 970))
+        here.hold(other)
+        here.prepare = cut
+        prompts = [(*PROMPT[:64], *range(200 + n, 220 + n)) for n in range(64)]
+        asks = [here.prefix_ask(prompt, holder.holder(4)) for prompt in prompts]
+        tasks = [asyncio.create_task(here.prefixes.fetch(ask)) for ask in asks]
+        await here.met.wait()
+        await here.importers[0].entered.wait()
+        here.importers[0].gate.set()
+        fetched = await asyncio.gather(*tasks)
+        assert fetched == [FetchedPrefix(holder.peer().worker, 4)] + [None] * 63
+        assert here.prefixes.counters == {"asked": 1, "joined": 63, "fetched": 1, "blocks": 4}
+        here.assert_held(PROMPT, 4)
+        here.assert_held(other, 4)
+    assert holder.servicer.counters["accepted"] == 1
+
+
+async def test_when_the_prompt_that_fetches_is_cancelled_another_one_fetches() -> None:
+    holder, here = Mate("holder"), Mate("here")
+    async with mates(holder, here):
+        holder.hold(PROMPT)
+        here.prepare = cut
+        ask = here.prefix_ask(PROMPT, holder.holder(4))
+        first, *rest = [asyncio.create_task(here.prefixes.fetch(ask)) for _ in range(3)]
+        await here.met.wait()
+        await here.importers[0].entered.wait()
+        rest[1].cancel()  # one that only joined takes nobody along
+        first.cancel()
+        here.importers[0].gate.set()
+        assert await rest[0] == FetchedPrefix(holder.peer().worker, 4)
+        await asyncio.wait({first, rest[1]})
+        assert first.cancelled()
+        assert rest[1].cancelled()
+        assert here.prefixes.counters == {"asked": 2, "joined": 2, "fetched": 1, "blocks": 4}
+        here.assert_held(PROMPT, 4)
 
 
 STAGES = (Lifecycle.RESERVED, Lifecycle.CHUNK_LANDED, Lifecycle.VERIFIED, Lifecycle.COMMITTED)
