@@ -127,14 +127,15 @@ class ImporterCache:
         rungs = list(survey(offers, self._allowed, self._storage))
         usable = [rung.transport for rung in rungs if rung.obstacle is None]
         experience.usable = tuple(usable)
+        slow = [way for way in self._ways_to(peer) if way.slow_until is not None]
         for rung in rungs:
             if rung.obstacle is not None:
                 if not rung.obstacle.expected:
                     failed[rung.transport] = rung.obstacle.reason
                 continue
             condemned = experience.condemned.get(rung.transport)
-            if condemned is not None and rung.transport != usable[-1]:  # the last one is better than none
-                failed[rung.transport] = condemned
+            if condemned is not None and (slow or rung.transport != usable[-1]):
+                failed[rung.transport] = condemned  # only the last one is better than none
                 continue
             if (kept := self._ways.get((*peer, rung.transport))) is not None:
                 if kept.slow_until is None:
@@ -150,12 +151,11 @@ class ImporterCache:
             await self._keep(peer, way)
             self._tell(peer, experience, way.transport, failed)
             return way
-        for slow in self._ways_to(peer):
-            if slow.slow_until is not None:
-                # Better than not at all; and it is not left again for what does not work.
-                slow.reinstate(self._clock.now())
-                experience.usable = (slow.transport,)
-                return slow
+        if slow:
+            # Better than not at all; and it is not left again for what does not work.
+            slow[0].reinstate(self._clock.now())
+            experience.usable = (slow[0].transport,)
+            return slow[0]
         if usable:
             raise Unavailable("; ".join(f"{rung}: {reason}" for rung, reason in failed.items()))
         return None

@@ -25,6 +25,7 @@ from pdserve.kvtransfer.transports.rung_health import (
     retry_s,
     why_leave,
 )
+from pdserve.kvtransfer.transports.way import TRIAL_FAILURES
 
 ONE, OTHER = WorkerId("prefill-0"), WorkerId("prefill-1")
 FIRST = Incarnation("a")
@@ -90,7 +91,7 @@ def test_a_meter_measures_the_way_and_not_the_single_fetch() -> None:
 
 
 class Paced:
-    """An importer that moves a given number of bytes per second of the clock, or fails."""
+    """An importer that moves a given number of bytes per second of the clock; where that is 0, it fails."""
 
     def __init__(self, transport: str, worker: str, rates: dict[tuple[str, str], float], clock: ManualClock):
         self.transport = transport
@@ -99,6 +100,8 @@ class Paced:
         self._clock = clock
 
     async def fetch(self, grant: Grant) -> Landed | Failed:
+        if not self._rates[self._key]:
+            return Failed(grant.handoff, grant.epoch, grant.seq, "nothing comes through")
         seconds = REAL_BYTES / self._rates[self._key]
         self._clock.advance(seconds)
         return Landed(grant.handoff, grant.epoch, grant.seq, REAL_BYTES, seconds)
@@ -113,6 +116,7 @@ class Road:
         self.clock = ManualClock()
         self.rates = {(w, t): 1e9 for w in (ONE, OTHER) for t in ("shm", "tcp")}
         self.unreachable: set[str] = set()
+        self.handoffs = 0
         self.cache = ImporterCache(KvStorage(LAYOUT, 4), ["shm", "tcp"], clock=self.clock)
 
     def make(self, offer: Offer, *_: object, **__: object) -> Importer:
@@ -123,12 +127,19 @@ class Road:
     async def move(self, worker: WorkerId = ONE, times: int = JUDGED_SAMPLES) -> str:
         """Fetch so many times, meeting before each as handoffs do; the last one's transport."""
         for _ in range(times):
-            offers = [Offer(rung, {"worker": worker}) for rung in ("shm", "tcp")]
-            importer = await self.cache.get(worker, FIRST, offers)
-            assert importer is not None
-            grant = Grant(HandoffId("h"), 1, 0, (Segment(BlockId(0), 1, BlockId(0), 16),))
-            assert isinstance(await importer.fetch(grant), Landed)
-        return importer.transport
+            transport, landed = await self.try_once(worker)
+            assert landed
+        return transport
+
+    async def try_once(self, worker: WorkerId = ONE) -> tuple[str, bool]:
+        """Over which rung, and whether it landed."""
+        self.handoffs += 1
+        offers = [Offer(rung, {"worker": worker}) for rung in ("shm", "tcp")]
+        importer = await self.cache.get(worker, FIRST, offers)
+        assert importer is not None
+        segments = (Segment(BlockId(0), 1, BlockId(0), 16),)
+        report = await importer.fetch(Grant(HandoffId(f"h-{self.handoffs}"), 1, 0, segments))
+        return importer.transport, isinstance(report, Landed)
 
 
 @pytest.fixture
@@ -199,6 +210,16 @@ async def test_where_the_next_rung_cannot_be_had_slow_is_better_than_nothing(roa
     await slow_pair(road)
     road.unreachable.add("tcp")
     assert await road.move(times=3 * JUDGED_SAMPLES) == "shm"
+
+
+async def test_a_slow_rung_is_better_than_one_below_that_brings_nothing(road: Road) -> None:
+    await slow_pair(road)
+    await road.move(times=JUDGED_SAMPLES)
+    road.rates[ONE, "tcp"] = 0.0
+    lost = [await road.try_once() for _ in range(TRIAL_FAILURES)]
+    assert lost == [("tcp", False)] * TRIAL_FAILURES
+    assert await road.move(times=3 * JUDGED_SAMPLES) == "shm", "no handoff waits for the next trial of shm"
+    assert road.cache.ways()[ONE] == "shm"
 
 
 async def test_nothing_is_left_while_all_pairs_are_as_slow(road: Road) -> None:
