@@ -1,7 +1,6 @@
 """A chat's second turn finds the first one's answer where it was decoded, whoever prefills now."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,8 +14,6 @@ from pdserve.core.types import BLOCK_TOKENS, Role, WorkerId, hit_limit
 from pdserve.kvtransfer.index.base import Holder
 from pdserve.kvtransfer.names import chain, namespace
 from pdserve.router.policies.base import Placement
-from pdserve.workers.engine.runner import BatchSpec, ModelRunner
-from pdserve.workers.seams import Seams
 
 QUESTION = [(37 * i + i * i) % 250 for i in range(70)]
 FOLLOW_UP = [(91 * i + 5) % 250 for i in range(40)]
@@ -24,20 +21,13 @@ ANSWER_TOKENS = 64
 HELD_BLOCKS = (len(QUESTION) + ANSWER_TOKENS - 1) // BLOCK_TOKENS
 """Of question and answer, at the worker that decoded it: the last token has no KV yet."""
 
-PREFILL_STEP_S = 0.05
+PERF = {
+    "prefill/step_seconds": 100.0,
+    **{f"transfer/{way}/latency_seconds": 20.0 for way in ("inproc", "shm", "tcp")},
+}
+"""By this model a fetch pays, and has a minute, which no pause of a busy machine lasts."""
+
 WORKERS = {"prefill-0": Role.PREFILL, "decode-0": Role.DECODE, "decode-1": Role.DECODE}
-
-
-class DearPrefill:
-    """Steps that only compute prompts take long, as those of a larger model do."""
-
-    def __init__(self, inner: ModelRunner) -> None:
-        self._inner = inner
-
-    def run(self, batch: BatchSpec) -> Any:
-        if all(len(chunk.token_ids) > 1 for chunk in batch.chunks):
-            time.sleep(PREFILL_STEP_S)
-        return self._inner.run(batch)
 
 
 class Placed:
@@ -79,6 +69,8 @@ class Chat:
 
     async def ask(self, prompt: Sequence[int], decode: str, prefill: Sequence[str]) -> Any:
         self._placed.decode, self._placed.prefill = decode, tuple(prefill)
+        for worker in self.stack.workers.values():
+            worker._perf.restore(PERF)
         assert self.stack.client is not None
         return await self.stack.client.generate(
             token_ids=list(prompt), max_tokens=ANSWER_TOKENS, temperature=0.0, ignore_eos=True
@@ -109,8 +101,7 @@ async def chat(tiny_model: Path, redis: RedisServer) -> AsyncIterator[Chat]:
         return made[0]
 
     router = RouterSeams(policy=lambda policy: placed, index=remember)
-    seams = dict.fromkeys(WORKERS, Seams(runner=DearPrefill))
-    async with stack(tiny_config(tiny_model, redis), WORKERS, seams=seams, router=router) as running:
+    async with stack(tiny_config(tiny_model, redis), WORKERS, router=router) as running:
         yield Chat(running, placed, made[0])
 
 
