@@ -21,6 +21,7 @@ from pdserve.kvtransfer.handoff.ask import Committed, HandoffAsk, HandoffPeer, N
 from pdserve.kvtransfer.handoff.decode_attempt import DecodeAttempt
 from pdserve.kvtransfer.handoff.decode_site import DecodeSite, Importers
 from pdserve.kvtransfer.handoff.events import Cancelled
+from pdserve.kvtransfer.handoff.messages import OffersRequest, Rejection
 from pdserve.kvtransfer.handoff.reservations import Reservations
 from pdserve.kvtransfer.handoff.shell import Observer
 from pdserve.kvtransfer.handoff.states import Outcome
@@ -188,7 +189,7 @@ class DecodeHandoffs:
         Raises Unavailable where that is not possible, or takes longer than `timeout_s` seconds.
         """
         site, record = self._site, self._site.record()
-        asked = wire.OffersRequest(
+        asked = OffersRequest(
             schema=bytes.fromhex(record.schema),
             layout=site.storage.layout,
             transports=site.transports,
@@ -201,7 +202,7 @@ class DecodeHandoffs:
                 with self._channel(peer.endpoint) as channel:
                     stub = handoff_pb2_grpc.HandoffStub(channel)
                     offers = wire.unpack_offers(await stub.Offers(wire.pack_offers_request(asked)))
-                if isinstance(offers, wire.Rejection):
+                if isinstance(offers, Rejection):
                     raise Unavailable(f"{peer.worker} and {record.worker} do not pair: {offers.reason}")
                 importer = await site.importers.get(peer.worker, peer.incarnation, offers)
         except TimeoutError as error:

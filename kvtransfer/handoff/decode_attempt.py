@@ -18,6 +18,7 @@ from pdserve.kvtransfer.handoff.decode_side import DECODE_TABLE, DecodeHandoff
 from pdserve.kvtransfer.handoff.decode_site import DecodeSite
 from pdserve.kvtransfer.handoff.heard import Heard
 from pdserve.kvtransfer.handoff.landing import Landing
+from pdserve.kvtransfer.handoff.messages import OpenRequest
 from pdserve.kvtransfer.handoff.patience import Patience
 from pdserve.kvtransfer.handoff.shell import Shell
 from pdserve.kvtransfer.handoff.state_deadlines import StateBound
@@ -191,9 +192,9 @@ class DecodeAttempt(Shell[DecodeHandoff, pb.DecodeMessage]):
     def _transport(self) -> str | None:
         return None if self._importer is None else self._importer.transport
 
-    def _open_request(self) -> wire.OpenRequest:
+    def _open_request(self) -> OpenRequest:
         ask, site, record = self._ask, self._site, self._site.record()
-        return wire.OpenRequest(
+        return OpenRequest(
             handoff=self.handoff,
             request=ask.request_id,
             schema=bytes.fromhex(record.schema),

@@ -1,10 +1,11 @@
 """What P shows of one prompt, chunk by chunk, and what a reader may therefore ask for."""
 
 import asyncio
+from dataclasses import replace
 
 from pdserve.core.types import BLOCK_TOKENS, OwnerId, blocks_for
 from pdserve.kvtransfer.digest import digest_blocks
-from pdserve.kvtransfer.handoff import wire
+from pdserve.kvtransfer.handoff.messages import Chunk
 from pdserve.kvtransfer.pool.pool import KvPool
 from pdserve.kvtransfer.pool.storage import KvStorage
 from pdserve.kvtransfer.transports.base import Grant
@@ -22,9 +23,9 @@ class Exposure:
         self._owner = owner
         self._positions = positions
         self._digest = digest
-        self._chunks: list[wire.Chunk] = []
+        self._chunks: list[Chunk] = []
 
-    def __getitem__(self, seq: int) -> wire.Chunk:
+    def __getitem__(self, seq: int) -> Chunk:
         return self._chunks[seq]
 
     def allows(self, grant: Grant) -> bool:
@@ -49,7 +50,7 @@ class Exposure:
         blocks = self._pool.table(self._owner)[first:end]
         if len(blocks) != end - first:
             raise ValueError(f"the engine computed {end} blocks and {self._owner} has {first + len(blocks)}")
-        chunk = wire.Chunk(
+        chunk = Chunk(
             seq=len(self._chunks),
             first=first,
             blocks=blocks,
@@ -60,7 +61,7 @@ class Exposure:
         self._chunks.append(await asyncio.to_thread(self._digested, chunk))
         return True
 
-    def _digested(self, chunk: wire.Chunk) -> wire.Chunk:
+    def _digested(self, chunk: Chunk) -> Chunk:
         """In a thread: the chunk, in memory for every reader, with its digests if the reader wants them."""
         storage, last = self._storage, len(chunk.blocks) - 1
         storage.settle()
@@ -68,4 +69,4 @@ class Exposure:
             return chunk
         valid = [BLOCK_TOKENS] * last + [chunk.last_valid_tokens]
         digests = digest_blocks(*storage.readable(chunk.blocks), storage.layout, valid)
-        return wire.with_digests(chunk, digests)
+        return replace(chunk, digests=digests)

@@ -4,6 +4,7 @@ from pdserve.core.types import BLOCK_TOKENS
 from pdserve.kvtransfer.handoff import events as ev
 from pdserve.kvtransfer.handoff import wire
 from pdserve.kvtransfer.handoff.ask import HandoffPeer
+from pdserve.kvtransfer.handoff.messages import Chunk, FilledReply, OpenedReply, Rejection
 from pdserve.proto import handoff_pb2 as pb
 
 
@@ -15,12 +16,12 @@ class Heard:
         self._peer = peer
         self._positions = positions
         self._digest_bytes = digest_bytes
-        self.opened: wire.OpenedReply | None = None
-        self.rejection: wire.Rejection | None = None
-        self.filled: wire.FilledReply | None = None
+        self.opened: OpenedReply | None = None
+        self.rejection: Rejection | None = None
+        self.filled: FilledReply | None = None
         self.filled_at = 0.0
         """When D read FILLED, seconds on D's clock."""
-        self.chunks: list[wire.Chunk] = []
+        self.chunks: list[Chunk] = []
 
     @property
     def working(self) -> bool:
@@ -49,13 +50,13 @@ class Heard:
             case other:
                 raise ValueError(f"{other or 'a message without content'} is no event")
 
-    def _hear_opened(self, reply: wire.OpenedReply) -> object:
+    def _hear_opened(self, reply: OpenedReply) -> object:
         if reply.incarnation != self._peer.incarnation:
             return ev.Violation(f"P is {reply.incarnation}, asked was {self._peer.incarnation}")
         self.opened = reply
         return ev.Opened()
 
-    def _hear_chunk(self, chunk: wire.Chunk) -> object:
+    def _hear_chunk(self, chunk: Chunk) -> object:
         valid = min(BLOCK_TOKENS, self._positions - BLOCK_TOKENS * (chunk.end - 1))
         if chunk.last_valid_tokens != valid:
             return ev.Violation(f"chunk {chunk.seq} ends in {chunk.last_valid_tokens} tokens, not in {valid}")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from pdserve.core.types import BLOCK_TOKENS, BlockId, HandoffId, blocks_for
 from pdserve.kvtransfer.digest import digest_blocks, first_difference
-from pdserve.kvtransfer.handoff.wire import Chunk
+from pdserve.kvtransfer.handoff.messages import Chunk
 from pdserve.kvtransfer.pool.storage import KvStorage
 from pdserve.kvtransfer.transports.base import Grant, Segment
 

@@ -18,6 +18,7 @@ from pdserve.kvtransfer.handoff.ask import FetchedPrefix
 from pdserve.kvtransfer.handoff.exposure import Exposure
 from pdserve.kvtransfer.handoff.filler import Filler, FillEstimate, FillProgress
 from pdserve.kvtransfer.handoff.held_filler import HeldFiller
+from pdserve.kvtransfer.handoff.messages import FilledReply, OpenedReply, OpenRequest, Rejection, offers_among
 from pdserve.kvtransfer.handoff.prefill_side import PREFILL_TABLE, PrefillHandoff
 from pdserve.kvtransfer.handoff.prefill_site import PrefillSite
 from pdserve.kvtransfer.handoff.prefix_choice import PrefixPlan
@@ -36,7 +37,7 @@ T = TypeVar("T")
 class PrefillSession(Shell[PrefillHandoff, pb.PrefillMessage]):
     """One handoff at P, from Open to the last pin."""
 
-    def __init__(self, site: PrefillSite, asked: wire.OpenRequest) -> None:
+    def __init__(self, site: PrefillSite, asked: OpenRequest) -> None:
         super().__init__(
             PREFILL_TABLE,
             PrefillHandoff(),
@@ -61,12 +62,12 @@ class PrefillSession(Shell[PrefillHandoff, pb.PrefillMessage]):
         self._progress = FillProgress(0)
         self._upcoming: asyncio.Task[Any] | None = None
         self._stopping = False
-        self._refusal: wire.Rejection | None = None
+        self._refusal: Rejection | None = None
         self._filler: Filler = HeldFiller() if asked.held_only else site.filler
         self._fetching_prefix = False
         self._prefix: FetchedPrefix | None = None
 
-    def start(self, refusal: wire.Rejection | None) -> None:
+    def start(self, refusal: Rejection | None) -> None:
         """Answer Open: no, because of `refusal`, or yes and wait for a share of the pool.
 
         What is held is pinned here, with its share, or refused: nobody waits for it.
@@ -86,7 +87,7 @@ class PrefillSession(Shell[PrefillHandoff, pb.PrefillMessage]):
         else:
             self._site.queue.enter(self.handoff, self._blocks, lambda: self.feed(ev.Admitted()))
 
-    def _hold(self) -> wire.Rejection | None:
+    def _hold(self) -> Rejection | None:
         """Pin all that is asked for and take its share of the pool; else why not, and nothing is taken."""
         site, names = self._site, self._asked.chain
         held = len(site.pool.acquire_prefix(self.owner, names))
@@ -94,12 +95,12 @@ class PrefillSession(Shell[PrefillHandoff, pb.PrefillMessage]):
             site.pool.release(self.owner)
             worker = site.record().worker
             said = f"{worker} holds only {held} of {len(names)} blocks"
-            return wire.Rejection(Outcome.REJECTED, said, held_blocks=held)
+            return Rejection(Outcome.REJECTED, said, held_blocks=held)
         if not site.queue.enter_now(self.handoff, self._blocks):
             site.pool.release(self.owner)
             lent, limit = site.queue.lent, site.queue.capacity
             said = f"{lent} of {limit} blocks are lent to others, {held} are asked for"
-            return wire.Rejection(Outcome.REJECTED, said)
+            return Rejection(Outcome.REJECTED, said)
         return None
 
     def is_late(self, bound_s: float) -> bool:
@@ -200,16 +201,16 @@ class PrefillSession(Shell[PrefillHandoff, pb.PrefillMessage]):
             case _:
                 raise ValueError(f"no instruction of P's: {instruction}")
 
-    def _opened_reply(self) -> wire.OpenedReply:
+    def _opened_reply(self) -> OpenedReply:
         site, record = self._site, self._site.record()
         cached = site.pool.match(self._asked.chain)
         estimate = self._estimate(cached)
         self._fill_estimate = Prediction(estimate.seconds, None)
         offers = [exporter.offer() for exporter in site.exporters.values()]
-        return wire.OpenedReply(
+        return OpenedReply(
             estimate_s=estimate.seconds,
             queue_position=estimate.queue_position + len(site.queue),
-            offers=wire.offers_among(offers, self._asked.transports),
+            offers=offers_among(offers, self._asked.transports),
             worker=record.worker,
             incarnation=record.incarnation,
             pid=record.pid,
@@ -224,12 +225,12 @@ class PrefillSession(Shell[PrefillHandoff, pb.PrefillMessage]):
         estimate = self._filler.estimate(self._tokens - cached_tokens, cached_tokens)
         return replace(estimate, seconds=estimate.seconds + fetch_s)
 
-    def _filled_reply(self, chunks: int) -> wire.FilledReply:
+    def _filled_reply(self, chunks: int) -> FilledReply:
         started, ended = self._progress.started_at, self._progress.ended_at
         now = self.clock.now()
         ended = now if ended is None else ended
         started = ended if started is None else started
-        return wire.FilledReply(
+        return FilledReply(
             chunks=chunks,
             tokens=self._progress.num_computed,
             prefill_queue_s=max(0.0, started - self._accepted_at),

@@ -16,6 +16,7 @@ from pdserve.kvtransfer.handoff import wire
 from pdserve.kvtransfer.handoff.events import Cancelled, StreamClosed
 from pdserve.kvtransfer.handoff.export_queue import ExportQueue
 from pdserve.kvtransfer.handoff.filler import Filler, FillEstimate, FillProgress
+from pdserve.kvtransfer.handoff.messages import OffersRequest, OpenRequest, Rejection, offers_among
 from pdserve.kvtransfer.handoff.prefill_session import PrefillSession
 from pdserve.kvtransfer.handoff.prefill_site import PrefillSite
 from pdserve.kvtransfer.handoff.prefix_fetch import PrefixFetch
@@ -150,13 +151,13 @@ class HandoffServicer(handoff_pb2_grpc.HandoffServicer):
         try:
             asked = wire.unpack_open(first.open)
         except (ValueError, ConfigError) as error:
-            refusal = wire.Rejection(Outcome.SCHEMA, f"Open is not understood: {error}")
+            refusal = Rejection(Outcome.SCHEMA, f"Open is not understood: {error}")
             await context.write(wire.pack_rejected(refusal))
             return
         if asked.handoff in self._sessions:
             # Not even a refused session may share an id: its end would release the other one's blocks.
             reason = f"handoff {asked.handoff} runs already: give every attempt an id of its own"
-            await context.write(wire.pack_rejected(wire.Rejection(Outcome.REJECTED, reason)))
+            await context.write(wire.pack_rejected(Rejection(Outcome.REJECTED, reason)))
             return
         session = self._begin(asked, self._refusal(asked))
         reader = asyncio.create_task(_read(messages, session))
@@ -173,13 +174,13 @@ class HandoffServicer(handoff_pb2_grpc.HandoffServicer):
         try:
             asked = wire.unpack_offers_request(request)
         except (ValueError, ConfigError) as error:
-            refusal = wire.Rejection(Outcome.SCHEMA, f"the question is not understood: {error}")
+            refusal = Rejection(Outcome.SCHEMA, f"the question is not understood: {error}")
             return wire.pack_offers(refusal)
         unfit = self._unfit(asked)
         offers = [exporter.offer() for exporter in self._site.exporters.values()]
-        return wire.pack_offers(unfit or wire.offers_among(offers, asked.transports))
+        return wire.pack_offers(unfit or offers_among(offers, asked.transports))
 
-    def _begin(self, asked: wire.OpenRequest, refusal: wire.Rejection | None) -> PrefillSession:
+    def _begin(self, asked: OpenRequest, refusal: Rejection | None) -> PrefillSession:
         session = self._sessions[asked.handoff] = PrefillSession(self._site, asked)
         task = asyncio.create_task(self._live(session), name=f"export-{asked.handoff}")
         self._lives.add(task)
@@ -194,40 +195,40 @@ class HandoffServicer(handoff_pb2_grpc.HandoffServicer):
             self._site.queue.leave(session.handoff)
             del self._sessions[session.handoff]
 
-    def _unfit(self, asked: wire.OpenRequest | wire.OffersRequest) -> wire.Rejection | None:
+    def _unfit(self, asked: OpenRequest | OffersRequest) -> Rejection | None:
         """Why these two can never pair; None if they can."""
         record, layout = self._site.record(), self._site.storage.layout
         if asked.prefill_incarnation != record.incarnation:
             was = asked.prefill_incarnation
-            return wire.Rejection(
+            return Rejection(
                 Outcome.SCHEMA, f"{record.worker} is incarnation {record.incarnation} now, not {was}"
             )
         if asked.schema.hex() != record.schema:
-            return wire.Rejection(
+            return Rejection(
                 Outcome.SCHEMA, f"D serves schema {asked.schema.hex()}, {record.worker} {record.schema}"
             )
         if asked.layout != layout:
-            return wire.Rejection(Outcome.SCHEMA, f"D keeps {asked.layout}, {record.worker} keeps {layout}")
+            return Rejection(Outcome.SCHEMA, f"D keeps {asked.layout}, {record.worker} keeps {layout}")
         return None
 
-    def _refusal(self, asked: wire.OpenRequest) -> wire.Rejection | None:
+    def _refusal(self, asked: OpenRequest) -> Rejection | None:
         """Why this worker cannot serve that reader; None if it can."""
         record = self._site.record()
         if (unfit := self._unfit(asked)) is not None:
             return unfit
         if len(asked.chain) != len(asked.token_ids) // BLOCK_TOKENS or not asked.token_ids:
-            return wire.Rejection(
+            return Rejection(
                 Outcome.SCHEMA,
                 f"{len(asked.chain)} names do not fit a prompt of {len(asked.token_ids)} positions",
             )
         if asked.held_only and len(asked.token_ids) % BLOCK_TOKENS:
             positions = len(asked.token_ids)
-            return wire.Rejection(Outcome.SCHEMA, f"{positions} positions are no whole blocks to be held")
+            return Rejection(Outcome.SCHEMA, f"{positions} positions are no whole blocks to be held")
         if record.draining or self._closed:
-            return wire.Rejection(Outcome.REJECTED, f"{record.worker} is draining and takes nothing new")
+            return Rejection(Outcome.REJECTED, f"{record.worker} is draining and takes nothing new")
         blocks, limit = blocks_for(len(asked.token_ids)), self.export_blocks
         if blocks > limit:
-            return wire.Rejection(
+            return Rejection(
                 Outcome.REJECTED,
                 f"a prompt of {len(asked.token_ids)} positions needs {blocks} blocks, {record.worker} lends "
                 f"at most {limit}: send a shorter prompt, or enlarge engine.pool_blocks or "

@@ -8,6 +8,7 @@ from pdserve.core.types import BlockId, HandoffId, Incarnation, WorkerId
 from pdserve.kvtransfer.handoff import wire
 from pdserve.kvtransfer.handoff.ask import FetchedPrefix
 from pdserve.kvtransfer.handoff.export_queue import ExportQueue
+from pdserve.kvtransfer.handoff.messages import Chunk, FilledReply, OpenedReply, Rejection, offers_among
 from pdserve.kvtransfer.handoff.states import Outcome, ReleaseStatus
 from pdserve.kvtransfer.handoff.watch import PeerWatch
 from pdserve.kvtransfer.transports.base import Grant, Offer, Segment
@@ -96,13 +97,13 @@ def test_grants_survive_the_wire() -> None:
 
 @pytest.mark.parametrize("digests", [None, bytes(range(64)) * 2])
 def test_chunks_survive_the_wire(digests: bytes | None) -> None:
-    chunk = wire.Chunk(1, 4, (BlockId(9), BlockId(8)), (3, 2**63), 5, digests)
+    chunk = Chunk(1, 4, (BlockId(9), BlockId(8)), (3, 2**63), 5, digests)
     assert wire.unpack_chunk(wire.pack_chunk(chunk).chunk, None if digests is None else 64) == chunk
     assert chunk.end == 6
 
 
 def test_answers_survive_the_wire() -> None:
-    opened = wire.OpenedReply(
+    opened = OpenedReply(
         estimate_s=0.5,
         queue_position=2,
         offers=(Offer("shm", {"pid": "1"}), Offer("tcp", {"host": "h"})),
@@ -113,7 +114,7 @@ def test_answers_survive_the_wire() -> None:
     )
     assert wire.unpack_opened(wire.pack_opened(opened).opened) == opened
     for prefix in (None, FetchedPrefix(WorkerId("d"), 2)):
-        filled = wire.FilledReply(3, 40, 0.25, 0.5, 16, prefix)
+        filled = FilledReply(3, 40, 0.25, 0.5, 16, prefix)
         assert wire.unpack_filled(wire.pack_filled(filled).filled) == filled
     for status in ReleaseStatus:
         assert wire.unpack_released(wire.pack_released(status).released) is status
@@ -122,13 +123,13 @@ def test_answers_survive_the_wire() -> None:
 @pytest.mark.parametrize(
     "rejection",
     [
-        wire.Rejection(Outcome.REJECTED, "busy", 1.5),
-        wire.Rejection(Outcome.REJECTED, "full"),
-        wire.Rejection(Outcome.REJECTED, "holds nothing", held_blocks=0),
-        wire.Rejection(Outcome.SCHEMA, "other"),
+        Rejection(Outcome.REJECTED, "busy", 1.5),
+        Rejection(Outcome.REJECTED, "full"),
+        Rejection(Outcome.REJECTED, "holds nothing", held_blocks=0),
+        Rejection(Outcome.SCHEMA, "other"),
     ],
 )
-def test_rejections_survive_the_wire(rejection: wire.Rejection) -> None:
+def test_rejections_survive_the_wire(rejection: Rejection) -> None:
     assert wire.unpack_rejected(wire.pack_rejected(rejection).rejected) == rejection
 
 
@@ -140,5 +141,5 @@ def test_a_rejection_says_which_kind_it_is(outcome: str) -> None:
 
 def test_offers_are_cut_to_what_was_asked() -> None:
     offers = [Offer("shm", {}), Offer("tcp", {})]
-    assert wire.offers_among(offers, ["tcp"]) == (offers[1],)
+    assert offers_among(offers, ["tcp"]) == (offers[1],)
     assert LAYOUT.segments_per_block == 8

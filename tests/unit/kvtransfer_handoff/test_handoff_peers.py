@@ -12,6 +12,7 @@ from pdserve.core.lifecycle import Lifecycle
 from pdserve.core.types import BlockId, HandoffId, Incarnation, RequestId, WorkerId
 from pdserve.kvtransfer.handoff import wire
 from pdserve.kvtransfer.handoff.consumer import HandoffPeer, NotServed
+from pdserve.kvtransfer.handoff.messages import Chunk, FilledReply, OpenedReply, OpenRequest, Rejection
 from pdserve.kvtransfer.handoff.states import Outcome, ReleaseStatus
 from pdserve.kvtransfer.names import chain, namespace
 from pdserve.kvtransfer.transports.base import Grant, Offer, Segment
@@ -21,7 +22,7 @@ from pdserve.proto import handoff_pb2_grpc
 TOKENS = tuple(range(40))
 
 
-def open_request(**changes: object) -> wire.OpenRequest:
+def open_request(**changes: object) -> OpenRequest:
     fields: dict[str, object] = {
         "handoff": HandoffId("raw-1"),
         "request": RequestId("raw"),
@@ -36,7 +37,7 @@ def open_request(**changes: object) -> wire.OpenRequest:
         "decode_incarnation": Incarnation("decode-first"),
         "prefill_incarnation": Incarnation("prefill-first"),
     }
-    return wire.OpenRequest(**(fields | changes))  # type: ignore[arg-type]
+    return OpenRequest(**(fields | changes))  # type: ignore[arg-type]
 
 
 async def converse(
@@ -120,7 +121,7 @@ async def test_a_second_open_ends_the_conversation() -> None:
     ],
     ids=["too few names", "no positions"],
 )
-async def test_an_open_that_makes_no_sense_is_rejected(broken: wire.OpenRequest) -> None:
+async def test_an_open_that_makes_no_sense_is_rejected(broken: OpenRequest) -> None:
     async with Rig() as rig:
         said = await converse(rig, wire.pack_open(broken))
         assert kinds(said) == ["rejected"]
@@ -197,7 +198,7 @@ async def lied_to(*script: pb.PrefillMessage) -> NotServed:
 
 
 def opened(incarnation: str = "prefill-first") -> pb.PrefillMessage:
-    reply = wire.OpenedReply(
+    reply = OpenedReply(
         estimate_s=0.1,
         queue_position=0,
         offers=(Offer("tcp", ADDRESS),),
@@ -211,10 +212,10 @@ def opened(incarnation: str = "prefill-first") -> pb.PrefillMessage:
 
 def chunk(seq: int = 0, first: int = 0, blocks: int = 2, valid: int = 16) -> pb.PrefillMessage:
     ids = tuple(BlockId(block) for block in range(blocks))
-    return wire.pack_chunk(wire.Chunk(seq, first, ids, (1,) * blocks, valid, b"\0" * 64 * blocks))
+    return wire.pack_chunk(Chunk(seq, first, ids, (1,) * blocks, valid, b"\0" * 64 * blocks))
 
 
-FILLED = wire.pack_filled(wire.FilledReply(1, 40, 0.0, 0.0, 0))
+FILLED = wire.pack_filled(FilledReply(1, 40, 0.0, 0.0, 0))
 
 
 @pytest.mark.parametrize(
@@ -270,5 +271,5 @@ async def test_no_common_transport_is_said() -> None:
 
 
 async def test_a_rejection_carries_when_to_come_back() -> None:
-    result = await lied_to(wire.pack_rejected(wire.Rejection(Outcome.REJECTED, "busy", 1.5)))
+    result = await lied_to(wire.pack_rejected(Rejection(Outcome.REJECTED, "busy", 1.5)))
     assert result == NotServed(Outcome.REJECTED, "busy", 1.5)

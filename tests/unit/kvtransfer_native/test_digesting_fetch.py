@@ -6,7 +6,7 @@ import pytest
 from pdserve.core.types import BlockId, HandoffId
 from pdserve.kvtransfer.digest import digest_blocks
 from pdserve.kvtransfer.handoff.landing import Landing
-from pdserve.kvtransfer.handoff.wire import Chunk
+from pdserve.kvtransfer.handoff.messages import Chunk
 from pdserve.kvtransfer.pool.layout import KvLayout
 from pdserve.kvtransfer.pool.storage import KvStorage
 from pdserve.kvtransfer.transports.base import Failed, Grant, Landed
