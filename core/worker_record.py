@@ -68,7 +68,7 @@ class WorkerLoad:
     promised_blocks: int = 0
     total_blocks: int = 0
     progress: int = 0
-    """Engine steps since start."""
+    """Engine steps, and layers within them, since start."""
     perf_model: dict[str, float] = field(default_factory=dict)
     """Coefficients of the worker's PerfModel, see core/perfmodel.py."""
     ways: dict[str, str] = field(default_factory=dict)

@@ -94,6 +94,7 @@ class Worker:
             self._announcements.listener,
             overbook=spec.engine.overbook,
         )
+        self._decoder = model.decoder
         self._perf = PerfModel()
         self._texts = TextPreparation(model.constraints.compiled)
         self.engine = seams.engine(self._make_engine(model, seams))
@@ -240,7 +241,7 @@ class Worker:
             cached_blocks=counts.cached,
             promised_blocks=counts.promised,
             total_blocks=counts.total,
-            progress=stats.progress,
+            progress=self._progress(),
             perf_model=dict(stats.perf),
             ways={str(peer): transport for peer, transport in self._importers.ways().items()},
         )
@@ -353,7 +354,8 @@ class Worker:
         self._failed.set()
 
     def _progress(self) -> int:
-        return self.engine.stats().progress
+        """Steps, and the layers within them: a step that takes seconds is work, not silence."""
+        return self.engine.stats().progress + self._decoder.layers_run
 
     def _transferred(self, num_bytes: int, seconds: float, transport: str) -> None:
         self._perf.observe_transfer(TransferRecord(seconds, num_bytes, transport))

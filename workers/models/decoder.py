@@ -36,6 +36,8 @@ class Decoder:
         self.device = weights.embedding.device
         self._weights = weights
         self._attention = TorchPagedAttention() if attention is None else attention
+        self.layers_run = 0
+        """Layers of all steps so far; any thread may read it while a step runs."""
         self._inv_freq = {
             rope: inverse_frequencies(rope, config.head_dim, weights.rope_factors).to(self.device)
             for rope in {layer.rope for layer in config.layers if layer.rope is not None}
@@ -97,6 +99,7 @@ class Decoder:
             hidden = hidden + self._maybe_norm(attended, layer.attention_output_norm)
             mixed = self._mlp(self._norm(hidden, layer.mlp_norm), layer)
             hidden = hidden + self._maybe_norm(mixed, layer.mlp_output_norm)
+            self.layers_run += 1
         last = self._norm(hidden[batch.logit_rows], self._weights.final_norm)
         logits = F.linear(last, self._weights.head)
         cap = self.config.final_soft_cap
