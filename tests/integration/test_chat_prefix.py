@@ -72,9 +72,13 @@ class Chat:
         for worker in self.stack.workers.values():
             worker._perf.restore(PERF)
         assert self.stack.client is not None
-        return await self.stack.client.generate(
+        result = await self.stack.client.generate(
             token_ids=list(prompt), max_tokens=ANSWER_TOKENS, temperature=0.0, ignore_eos=True
         )
+        parts = result.ledger.parts()
+        assert min(parts.values()) >= 0, parts
+        assert sum(parts.values()) == pytest.approx(result.ttft_s, abs=1e-3)
+        return result
 
     async def until_located(self, tokens: Sequence[int], worker: str, blocks: int) -> None:
         """Wait until the index knows that `worker` holds so many leading blocks."""
