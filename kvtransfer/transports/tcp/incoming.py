@@ -72,7 +72,8 @@ class Incoming:
         for start in range(0, len(self._segments), at_once):
             piece = self._segments[start : start + at_once]
             rows, places = self._memory_for(piece)
-            views: Sequence[memoryview] = [rows[place].data for place in places]
+            memory, size = rows.reshape(-1).data, self._storage.layout.block_bytes
+            views: Sequence[memoryview] = [memory[place * size : (place + 1) * size] for place in places]
             while views:
                 received = self._take(stream, views)
                 if not received:

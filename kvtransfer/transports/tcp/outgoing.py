@@ -46,20 +46,18 @@ class Outgoing:
             stream.send(content)
 
     def _make(self) -> Iterator[Sequence[memoryview]]:
-        """The frame in pieces, each made when the one before is sent; the verdict last, by a last look."""
-        table, generations = SegmentTable(self._segments), self._storage.generations
-        header = FrameHeader(self.claim.tag, self.claim.epoch, self.claim.seq, 0)
-        self.reason = table.stale(generations)
-        if self.reason is not None:
-            yield [memoryview(header.pack() + pack_verdict(self.reason))]
-            return
+        """The frame in pieces, each made when the one before is sent; the verdict last.
+
+        One look at the generations, after the last read, is enough: they never go back.
+        """
         num_bytes = len(self._segments) * self._storage.layout.block_bytes
-        head = memoryview(header._replace(num_bytes=num_bytes).pack())
+        header = FrameHeader(self.claim.tag, self.claim.epoch, self.claim.seq, num_bytes)
+        head = memoryview(header.pack())
         try:
             yield from self._from_host(head) if self._on_host else self._from_device(head)
         except (PdserveError, RuntimeError) as error:
             raise ConnectionError(f"the blocks could not be read: {error}") from error
-        self.reason = table.stale(generations)
+        self.reason = SegmentTable(self._segments).stale(self._storage.generations)
         yield [memoryview(pack_verdict(self.reason))]
 
     def _from_host(self, head: memoryview) -> Iterator[Sequence[memoryview]]:

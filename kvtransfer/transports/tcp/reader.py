@@ -119,7 +119,7 @@ class Reader:
     def _take_claims(self, claimed: Callable[[Claim], None]) -> None:
         """Once the socket is readable."""
         with contextlib.suppress(BlockingIOError):
-            self._stream.wait(1)
+            self._stream.wait(1)  # nothing to wait for, but encrypted bytes are taken in by that
             received = self._stream.receive([self._buffer])
             if not received:
                 raise ConnectionError("the reader closed the connection")
