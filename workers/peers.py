@@ -55,7 +55,7 @@ class PeerMeetings:
         self._places = asyncio.Semaphore(AT_ONCE)
         self._known: set[Start] = set()
         self._tasks: dict[Start, asyncio.Task[None]] = {}
-        self._parting: set[asyncio.Task[None]] = set()
+        self._parting: dict[Start, asyncio.Task[None]] = {}
         self._unsubscribe: Callable[[], None] | None = None
 
     async def start(self, within_s: float = READY_WITHIN_S) -> None:
@@ -73,7 +73,7 @@ class PeerMeetings:
         if self._unsubscribe is not None:
             self._unsubscribe()
         await self._view.stop()
-        for task in (*self._tasks.values(), *self._parting):
+        for task in (*self._tasks.values(), *self._parting.values()):
             await end_task(task)
 
     def look(self) -> None:
@@ -96,6 +96,8 @@ class PeerMeetings:
                 self._tasks[start] = asyncio.create_task(self._meet_one(_peer(record)), name=name)
 
     async def _meet_one(self, peer: HandoffPeer) -> None:
+        if (parting := self._parting.get((peer.worker, peer.incarnation))) is not None:
+            await asyncio.wait({parting})  # it is back: what is made now would be let go of
         async with self._places:
             try:
                 transport = await self._meet(peer, MEETING_S)
@@ -106,9 +108,13 @@ class PeerMeetings:
 
     def _leave(self, start: Start) -> None:
         meeting = self._tasks.pop(start, None)
+        if start in self._parting:
+            if meeting is not None:
+                meeting.cancel()  # it waits for that parting, and has met nobody
+            return
         task = asyncio.create_task(self._part_behind(meeting, start), name=f"part-{start[0]}")
-        self._parting.add(task)
-        task.add_done_callback(self._parting.discard)
+        self._parting[start] = task
+        task.add_done_callback(lambda _: self._parting.pop(start))
 
     async def _part_behind(self, meeting: "asyncio.Task[None] | None", start: Start) -> None:
         await end_task(meeting)

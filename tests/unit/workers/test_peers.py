@@ -38,7 +38,8 @@ def record(name: str, role: Role = Role.PREFILL, **changes: object) -> WorkerRec
 
 
 class Town:
-    """A membership, one D's meetings, and who was met and left. `closed`: doors that answer nobody."""
+    """A membership, one D's meetings, and who was met and left. `closed`: doors that do not open;
+    `mute`: those behind which nobody says so."""
 
     def __init__(self, me: WorkerRecord | None = None, most: int = 64) -> None:
         self.me = me or record("decode-0", Role.DECODE)
@@ -50,6 +51,9 @@ class Town:
         self.met: list[WorkerId] = []
         self.left: list[tuple[WorkerId, Incarnation]] = []
         self.closed: set[WorkerId] = set()
+        self.mute: set[WorkerId] = set()
+        self.parted = asyncio.Event()
+        self.parted.set()
         self.under_way = self.most_at_once = 0
         self.meetings = PeerMeetings(
             record=lambda: self.me, view=self.view, meet=self.meet, part=self.part, most=most
@@ -60,6 +64,8 @@ class Town:
         self.most_at_once = max(self.most_at_once, self.under_way)
         try:
             await self.open.wait()
+            if peer.worker in self.mute:
+                await asyncio.Event().wait()
             if peer.worker in self.closed:
                 raise Unavailable("nobody opens")
             self.met.append(peer.worker)
@@ -68,6 +74,7 @@ class Town:
             self.under_way -= 1
 
     async def part(self, worker: WorkerId, incarnation: Incarnation) -> None:
+        await self.parted.wait()
         self.left.append((worker, incarnation))
 
     async def list(self, *records: WorkerRecord) -> None:
@@ -125,6 +132,31 @@ async def test_a_peer_that_the_membership_lost_is_let_go_of(town: Town) -> None:
     await town.view.refresh()
     await town.settle()
     assert town.left == [("prefill-0", "prefill-0-first")]
+
+
+async def test_a_peer_that_flaps_is_met_again_behind_the_parting_from_it(town: Town) -> None:
+    await town.list(town.me, record("prefill-0"))
+    await town.meetings.start()
+    town.parted.clear()
+    for _ in range(2):
+        town.clock.advance(2 * TTL_S)
+        await town.list(town.me)
+        await town.settle()
+        await town.list(record("prefill-0"))
+        await town.settle()
+    assert town.met == ["prefill-0"], "what is met now would be let go of"
+    town.parted.set()
+    await town.settle()
+    assert town.met == ["prefill-0", "prefill-0"]
+    assert town.left == [("prefill-0", "prefill-0-first")]
+
+
+async def test_one_peer_that_answers_nobody_holds_up_no_other(town: Town) -> None:
+    town.mute.add(WorkerId("prefill-7"))
+    await town.list(*(record(f"prefill-{n}") for n in range(64)))
+    await town.meetings.start(within_s=0.0)
+    await town.settle()
+    assert len(town.met) == 63
 
 
 async def test_a_cluster_that_starts_as_a_whole_makes_no_storm(town: Town) -> None:
