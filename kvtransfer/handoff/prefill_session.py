@@ -1,37 +1,24 @@
 """P's shell: carries out one handoff's instructions until nobody touches its blocks, with or without D."""
 
 import asyncio
-import logging
 import math
-from collections.abc import AsyncIterator, Coroutine
-from dataclasses import replace
-from typing import Any, TypeVar
 
-from pdserve.core.errors import from_foreign
 from pdserve.core.lifecycle import Lifecycle
 from pdserve.core.perfmodel import Prediction
-from pdserve.core.types import BLOCK_TOKENS, OwnerId, blocks_for
+from pdserve.core.types import OwnerId, blocks_for
 from pdserve.kvtransfer.handoff import events as ev
 from pdserve.kvtransfer.handoff import instructions as do
 from pdserve.kvtransfer.handoff import wire
-from pdserve.kvtransfer.handoff.ask import FetchedPrefix
 from pdserve.kvtransfer.handoff.exposure import Exposure
-from pdserve.kvtransfer.handoff.filler import Filler, FillEstimate, FillProgress
-from pdserve.kvtransfer.handoff.held_filler import HeldFiller
-from pdserve.kvtransfer.handoff.messages import FilledReply, OpenedReply, OpenRequest, Rejection, offers_among
+from pdserve.kvtransfer.handoff.fill import Fill
+from pdserve.kvtransfer.handoff.messages import OpenedReply, OpenRequest, Rejection, offers_among
 from pdserve.kvtransfer.handoff.prefill_side import PREFILL_TABLE, PrefillHandoff
 from pdserve.kvtransfer.handoff.prefill_site import PrefillSite
-from pdserve.kvtransfer.handoff.prefix_choice import PrefixPlan
-from pdserve.kvtransfer.handoff.prefix_fetch import PrefixAsk
 from pdserve.kvtransfer.handoff.shell import Shell
 from pdserve.kvtransfer.handoff.state_deadlines import AT_ONCE, StateBound, prefill_bound
 from pdserve.kvtransfer.handoff.states import Outcome, PrefillState
 from pdserve.kvtransfer.transports.base import Exporter, Failed, Grant, SourceDone
 from pdserve.proto import handoff_pb2 as pb
-
-_log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 class PrefillSession(Shell[PrefillHandoff, pb.PrefillMessage]):
@@ -56,16 +43,12 @@ class PrefillSession(Shell[PrefillHandoff, pb.PrefillMessage]):
         self._accepted_at = self.clock.now()
         self._deadline = self._accepted_at + _waits_s(asked.remaining_s, site.config.request_deadline_s)
         self._fill_estimate = AT_ONCE
-        self._filled_at: float | None = None
         self._exposure = Exposure(site.pool, site.storage, self.owner, self._tokens, digest=asked.digest)
+        self._fill = Fill(
+            site, asked, self.owner, self._deadline, self._exposure, feed=self.feed, observe=self._observe
+        )
         self._grants: dict[int, tuple[Grant, Exporter]] = {}
-        self._progress = FillProgress(0)
-        self._upcoming: asyncio.Task[Any] | None = None
-        self._stopping = False
         self._refusal: Rejection | None = None
-        self._filler: Filler = HeldFiller() if asked.held_only else site.filler
-        self._fetching_prefix = False
-        self._prefix: FetchedPrefix | None = None
 
     def start(self, refusal: Rejection | None) -> None:
         """Answer Open: no, because of `refusal`, or yes and wait for a share of the pool.
@@ -105,9 +88,9 @@ class PrefillSession(Shell[PrefillHandoff, pb.PrefillMessage]):
 
     def is_late(self, bound_s: float) -> bool:
         """Everything was computed `bound_s` seconds ago, and the reader has not asked for any of it."""
-        machine = self.machine
+        machine, filled_at = self.machine, self._fill.ended_at
         unread = machine.state is PrefillState.FILLED and machine.closing is None and not self._grants
-        return unread and self._filled_at is not None and self.clock.now() - self._filled_at >= bound_s
+        return unread and filled_at is not None and self.clock.now() - filled_at >= bound_s
 
     @property
     def blocks(self) -> int:
@@ -144,7 +127,7 @@ class PrefillSession(Shell[PrefillHandoff, pb.PrefillMessage]):
 
     def _heartbeat(self) -> pb.PrefillMessage:
         # Only a fill is the engine's work; otherwise it is enough that this loop runs.
-        working = self.machine.state is PrefillState.FILLING and not self._fetching_prefix
+        working = self.machine.state is PrefillState.FILLING and not self._fill.fetches_prefix
         return wire.pack_prefill_heartbeat(self._site.progress() if working else self.beats)
 
     def _bound(self) -> StateBound:
@@ -173,17 +156,15 @@ class PrefillSession(Shell[PrefillHandoff, pb.PrefillMessage]):
                 assert self._refusal is not None  # it is what the machine was refused with
                 self._send(wire.pack_rejected(self._refusal))
             case do.StartFill():
-                self._spawn(self._fill())
+                self._spawn(self._fill.run())
             case do.CancelFill():
-                self._stopping = True
-                if self._upcoming is not None:
-                    self._upcoming.cancel()
+                self._fill.stop()
             case do.SendChunk(seq):
                 chunk = self._exposure[seq]
                 self._observe(Lifecycle.CHUNK_READY, seq=seq, blocks=chunk.blocks)
                 self._send(wire.pack_chunk(chunk))
             case do.SendFilled(chunks):
-                self._send(wire.pack_filled(self._filled_reply(chunks)))
+                self._send(wire.pack_filled(self._fill.account(chunks, self._accepted_at)))
             case do.Serve(seq, rank):
                 grant, exporter = self._grants[seq]
                 self._spawn(exporter.serve(grant), lambda done: self._served(done, seq, rank))
@@ -204,7 +185,7 @@ class PrefillSession(Shell[PrefillHandoff, pb.PrefillMessage]):
     def _opened_reply(self) -> OpenedReply:
         site, record = self._site, self._site.record()
         cached = site.pool.match(self._asked.chain)
-        estimate = self._estimate(cached)
+        estimate = self._fill.estimate(cached)
         self._fill_estimate = Prediction(estimate.seconds, None)
         offers = [exporter.offer() for exporter in site.exporters.values()]
         return OpenedReply(
@@ -216,99 +197,6 @@ class PrefillSession(Shell[PrefillHandoff, pb.PrefillMessage]):
             pid=record.pid,
             cached_blocks=cached,
         )
-
-    def _estimate(self, cached_blocks: int) -> FillEstimate:
-        fetch_s, plan = 0.0, self._plan_prefix()
-        if plan is not None and plan.pays:
-            fetch_s, cached_blocks = plan.fetch_s, plan.blocks
-        cached_tokens = cached_blocks * BLOCK_TOKENS
-        estimate = self._filler.estimate(self._tokens - cached_tokens, cached_tokens)
-        return replace(estimate, seconds=estimate.seconds + fetch_s)
-
-    def _filled_reply(self, chunks: int) -> FilledReply:
-        started, ended = self._progress.started_at, self._progress.ended_at
-        now = self.clock.now()
-        ended = now if ended is None else ended
-        started = ended if started is None else started
-        return FilledReply(
-            chunks=chunks,
-            tokens=self._progress.num_computed,
-            prefill_queue_s=max(0.0, started - self._accepted_at),
-            prefill_s=max(0.0, ended - started),
-            cached_tokens=self._progress.cached_tokens,
-            prefix=self._prefix,
-        )
-
-    # The prefix
-
-    def _prefix_ask(self) -> PrefixAsk:
-        asked = self._asked
-        return PrefixAsk(asked.request, asked.token_ids, asked.chain, self._deadline, asked.prefix)
-
-    def _plan_prefix(self) -> PrefixPlan | None:
-        prefixes = self._site.prefixes
-        return None if prefixes is None else prefixes.plan(self._prefix_ask())
-
-    async def _fetch_prefix(self) -> None:
-        """Before the engine sees the prompt: what another worker holds, where that is cheaper.
-
-        Nothing where only what is held was asked for: all of it is pinned, so nobody holds more.
-        """
-        prefixes = self._site.prefixes
-        if prefixes is None:
-            return
-        self._fetching_prefix = True
-        try:
-            self._prefix = await self._unless_stopped(prefixes.fetch(self._prefix_ask()))
-        finally:
-            self._fetching_prefix = False
-
-    # The fill
-
-    async def _fill(self) -> None:
-        """Run the engine to the end, to a stop or to an error; then say that it writes no more."""
-        progress = self._filler.fill(self.owner, self._asked.token_ids, self._asked.chain)
-        event: object = ev.PartStopped(0, 0)
-        try:
-            await self._fetch_prefix()
-            while (step := await self._unless_stopped(_step(progress))) is not None:
-                await self._advance(step)
-            if not self._stopping:
-                event = self._fill_ended()
-        except Exception as error:
-            event = ev.PartFailed(0, 0, f"the prefill failed: {from_foreign(error)}")
-        try:
-            await _close(progress)
-        except Exception as error:
-            _log.exception("handoff %s: the engine did not let go in order", self.handoff)
-            event = ev.PartFailed(0, 0, f"the prefill did not end in order: {from_foreign(error)}")
-        self.feed(event)
-
-    async def _unless_stopped(self, work: Coroutine[Any, Any, T | None]) -> T | None:
-        """What `work` returns; None where the fill was told to stop, which cancels it."""
-        if self._stopping:
-            work.close()
-            return None
-        upcoming = asyncio.ensure_future(work)
-        self._upcoming = upcoming
-        await asyncio.wait({upcoming})
-        return None if upcoming.cancelled() else upcoming.result()
-
-    async def _advance(self, step: FillProgress) -> None:
-        """Expose what this step made final: full blocks, at the end also the last partial one."""
-        if step.started_at is not None and self._progress.started_at is None:
-            self._observe(Lifecycle.PREFILL_STARTED, queued_at=step.queued_at, started_at=step.started_at)
-        self._progress = step
-        if await self._exposure.grow(step.num_computed):
-            self.feed(ev.ChunkComputed())
-
-    def _fill_ended(self) -> object:
-        if self._progress.num_computed != self._tokens:
-            computed = self._progress.num_computed
-            return ev.PartFailed(0, 0, f"the engine ended after {computed} of {self._tokens} positions")
-        self._filled_at = self.clock.now()
-        self._observe(Lifecycle.PREFILL_ENDED)
-        return ev.PartFilled(0, 0)
 
     # Endings
 
@@ -350,14 +238,3 @@ def _waits_s(remaining_s: float | None, limit_s: float) -> float:
     if remaining_s is None or not math.isfinite(remaining_s):
         return limit_s
     return max(0.0, remaining_s)
-
-
-async def _step(progress: AsyncIterator[FillProgress]) -> FillProgress | None:
-    return await anext(progress, None)
-
-
-async def _close(progress: AsyncIterator[FillProgress]) -> None:
-    """Return when the engine does not touch the owner's table any more."""
-    close: Any = getattr(progress, "aclose", None)
-    if close is not None:
-        await close()
