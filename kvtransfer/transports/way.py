@@ -10,13 +10,14 @@ import math
 from collections.abc import Callable
 
 from pdserve.core.clock import Clock
+from pdserve.core.types import HandoffId
 from pdserve.kvtransfer.transports.base import Failed, Grant, Importer, Landed, Warmable
 from pdserve.kvtransfer.transports.rung_health import UNKNOWN, Meter, Pace
 
 _log = logging.getLogger(__name__)
 
 TRIAL_FAILURES = 2
-"""Failed fetches in a row, with nothing landed ever, that condemn a rung; one may be the grant's fault."""
+"""Handoffs that fail here, with nothing landed ever, and condemn the rung; one may be the handoff's fault."""
 
 
 class Way:
@@ -33,7 +34,7 @@ class Way:
         self._measured = measured
         self._meter = Meter()
         self._proven = False
-        self._failures = 0
+        self._failed: set[HandoffId] = set()
         self._closed = False
         self.condemned: str | None = None
         """Why this rung must not be used for the pair; None while nothing speaks against it."""
@@ -60,7 +61,7 @@ class Way:
             self.pace = self.pace.plus(*sample)
             self._measured(self, *sample)
         if not self._proven and grant.segments:
-            self._judge(report)
+            self._judge(grant.handoff, report)
         return report
 
     def leave(self, reason: str, until: float) -> None:
@@ -78,7 +79,7 @@ class Way:
         self._closed = True
         await self._inner.close()
 
-    def _judge(self, report: Landed | Failed) -> None:
+    def _judge(self, handoff: HandoffId, report: Landed | Failed) -> None:
         if isinstance(report, Landed):
             self._proven = True
             rate = report.num_bytes / report.seconds / 1e9 if report.seconds > 0 else 0.0
@@ -90,6 +91,6 @@ class Way:
                 rate,
             )
         elif not self._closed:
-            self._failures += 1
-            if self._failures >= TRIAL_FAILURES:
-                self.condemned = f"its first {self._failures} transfers failed: {report.reason}"
+            self._failed.add(handoff)
+            if len(self._failed) >= TRIAL_FAILURES:
+                self.condemned = f"its first {len(self._failed)} handoffs failed: {report.reason}"

@@ -61,15 +61,15 @@ def changed(offer: Offer, **parameters: str) -> Offer:
     return Offer(offer.transport, {**offer.parameters, **parameters})
 
 
-def grant(generation: int = 1) -> Grant:
-    return Grant(HandoffId("h"), 1, 0, (Segment(BlockId(0), generation, BlockId(0), 16),))
+def grant(generation: int = 1, handoff: str = "h") -> Grant:
+    return Grant(HandoffId(handoff), 1, 0, (Segment(BlockId(0), generation, BlockId(0), 16),))
 
 
 async def fail(importer: Importer | None, times: int = TRIAL_FAILURES) -> None:
-    """By asking for what is not there."""
+    """By asking for what is not there, in so many handoffs."""
     assert importer is not None
-    for _ in range(times):
-        assert isinstance(await importer.fetch(grant(generation=7)), Failed)
+    for number in range(times):
+        assert isinstance(await importer.fetch(grant(7, f"failed-{number}")), Failed)
 
 
 async def rung(
@@ -116,7 +116,7 @@ async def test_a_rung_whose_first_transfers_fail_is_left_for_the_next(
 ) -> None:
     name, first = await rung(cache, offers)
     await fail(first, TRIAL_FAILURES - 1)
-    assert await rung(cache, offers) == (name, first), "one failure may be the grant's fault"
+    assert await rung(cache, offers) == (name, first), "one failure may be the handoff's fault"
     await fail(first)
     if dropped:
         await cache.drop(P, FIRST)
@@ -128,6 +128,15 @@ async def test_a_rung_whose_first_transfers_fail_is_left_for_the_next(
     assert isinstance(await second.fetch(grant()), Landed)
     assert isinstance(await first.fetch(grant()), Failed if dropped else Landed)
     assert (await rung(cache, offers, SECOND))[0] == "inproc", "a new incarnation is tried anew"
+
+
+async def test_one_handoff_that_fails_condemns_no_rung_however_many_chunks_it_has(
+    cache: ImporterCache, offers: dict[str, Offer]
+) -> None:
+    name, importer = await rung(cache, offers)
+    for _ in range(3 * TRIAL_FAILURES):
+        assert isinstance(await importer.fetch(grant(generation=7)), Failed)
+    assert await rung(cache, offers) == (name, importer)
 
 
 async def test_a_rung_that_has_worked_is_kept_whatever_fails_later(
