@@ -30,10 +30,10 @@ class EngineFiller:
         stats = self._engine.stats()
         model = PerfModel()
         model.restore(stats.perf)
-        own = model.prefill_seconds(new_tokens, cached_tokens, self._chunk_tokens).seconds
+        own = model.prefill_seconds(new_tokens, cached_tokens, self._chunk_tokens)
         queued = stats.queued_prefill_tokens
         wait = model.prefill_seconds(queued, 0, self._chunk_tokens).seconds if queued else 0.0
-        return FillEstimate(seconds=wait + own, queue_position=stats.waiting)
+        return FillEstimate(wait + own.seconds, stats.waiting, own.relative_error)
 
     async def fill(
         self, owner: OwnerId, token_ids: Sequence[int], chain: Sequence[BlockName]

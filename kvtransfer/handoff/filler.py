@@ -13,6 +13,8 @@ class FillEstimate:
 
     seconds: float
     queue_position: int
+    relative_error: float | None = None
+    """Recent mean of |predicted - measured| / measured; None where nothing was measured so far."""
 
 
 @dataclass(frozen=True, slots=True)

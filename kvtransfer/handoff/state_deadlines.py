@@ -26,7 +26,7 @@ _CAUTION = 2.0
 """Predictions count as wrong by so many times their mean error."""
 
 _UNKNOWN_ERROR = 1.0
-"""What a prediction nobody has compared with anything counts as wrong by."""
+"""What a prediction that nobody has compared with anything counts as too short by."""
 
 AT_ONCE = Prediction(0.0, 0.0)
 """What a peer that gets on answers from its event loop."""
@@ -40,9 +40,10 @@ def slow(prediction: Prediction) -> float:
 
 
 def quick(prediction: Prediction) -> float:
-    """Seconds that it takes at least. None for what is no number."""
-    error = _UNKNOWN_ERROR if prediction.relative_error is None else prediction.relative_error
-    seconds = prediction.seconds / (1.0 + _CAUTION * error)
+    """Seconds that it takes at least; 0 where nobody has compared it, and for what is no number."""
+    if prediction.relative_error is None:
+        return 0.0
+    seconds = prediction.seconds / (1.0 + _CAUTION * prediction.relative_error)
     return max(0.0, seconds) if math.isfinite(seconds) else 0.0
 
 

@@ -98,6 +98,7 @@ class KnownFiller:
         self.gates: dict[int, Callable[[int], asyncio.Future[None] | None]] = {}
         """Instead of `gate`, for prompts that begin with a given token."""
         self.estimate_s: float | None = None
+        self.estimate_error: float | None = None
         self.fail_at: int | None = None
         self.stop_at: int | None = None
         self.begun = asyncio.Event()
@@ -106,7 +107,7 @@ class KnownFiller:
 
     def estimate(self, new_tokens: int, cached_tokens: int) -> FillEstimate:
         seconds = new_tokens / 1000 if self.estimate_s is None else self.estimate_s
-        return FillEstimate(seconds=seconds, queue_position=0)
+        return FillEstimate(seconds, queue_position=0, relative_error=self.estimate_error)
 
     async def fill(
         self, owner: OwnerId, token_ids: Sequence[int], chain: Sequence[BlockName]

@@ -27,6 +27,7 @@ from pdserve.kvtransfer.handoff.state_deadlines import (
     StateBound,
     decode_bound,
     prefill_bound,
+    quick,
     slow,
 )
 from pdserve.kvtransfer.handoff.states import DecodeState, Outcome, PrefillState
@@ -113,6 +114,13 @@ def test_a_prediction_that_nobody_compared_counts_as_far_off_and_nonsense_as_end
     for nonsense in (math.nan, math.inf, -math.inf):
         assert slow(Prediction(nonsense, 0.1)) == math.inf
     assert slow(Prediction(-1.0, 0.0)) == 0.0
+
+
+def test_a_prediction_that_nobody_compared_may_be_far_too_long() -> None:
+    assert quick(Prediction(6.0, 0.25)) == 4.0
+    assert quick(Prediction(6.0, None)) == 0.0
+    waiting = prefill_bound(PrefillHandoff(), 0.0, 5.0, Prediction(50.0, None))
+    assert waiting.at == 5.0, "the first requests of a fast worker are not given up for a guess"
 
 
 def test_no_bound_is_behind_the_deadline_and_every_later_one_gives_more_time() -> None:
@@ -256,7 +264,7 @@ async def test_p_tells_a_d_that_waits_in_its_queue_when_the_fill_cannot_end_in_t
     async with Rig(config=dataclasses.replace(BRIEF, silence_s=10.0), prefill_blocks=12) as rig:
         held: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         rig.filler.gates[500] = lambda step: asyncio.shield(held)
-        rig.filler.estimate_s = 59.0
+        rig.filler.estimate_s, rig.filler.estimate_error = 59.0, 1.0
         first = asyncio.create_task(rig.handoffs.fetch(rig.ask(range(500, 570)), rig.peer()))
         await rig.prefill_trail.wait(Lifecycle.PREFILL_QUEUED)
         result = await rig.handoffs.fetch(rig.ask(PROMPT, remaining_s=20.0), rig.peer())

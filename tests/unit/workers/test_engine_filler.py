@@ -1,6 +1,7 @@
 """A fill that is given up returns only when the engine has let go of the table."""
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncGenerator
 from typing import cast
 
@@ -9,6 +10,7 @@ from fake_engine import FakeEngine, output, settle
 
 from pdserve.core.clock import ManualClock
 from pdserve.core.errors import InternalError
+from pdserve.core.perfmodel import PerfModel, StepRecord
 from pdserve.core.types import FinishReason, OwnerId
 from pdserve.kvtransfer.handoff.filler import FillProgress
 from pdserve.workers.dispatch import OutputDispatcher
@@ -22,8 +24,8 @@ class Fill:
         self.engine = FakeEngine()
         self.dispatcher = OutputDispatcher(self.engine)
         self.dispatcher.start()
-        filler = EngineFiller(self.engine, self.dispatcher, 16, ManualClock())
-        progress = filler.fill(OwnerId("export/h"), range(40), ())
+        self.filler = EngineFiller(self.engine, self.dispatcher, 16, ManualClock())
+        progress = self.filler.fill(OwnerId("export/h"), range(40), ())
         self.progress = cast("AsyncGenerator[FillProgress, None]", progress)
 
     async def begin(self) -> str:
@@ -35,6 +37,19 @@ class Fill:
         self.engine.step(output(spec.sequence_id, computed=16))
         assert (await first).num_computed == 16
         return spec.sequence_id
+
+
+async def test_an_estimate_says_whether_anything_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    fill, perf = Fill(), PerfModel()
+    stats = fill.engine.stats()
+    monkeypatch.setattr(fill.engine, "stats", lambda: dataclasses.replace(stats, perf=perf.snapshot()))
+    guessed = fill.filler.estimate(32, 0)
+    for _ in range(10):
+        perf.observe_step(StepRecord(0.5, prefill_tokens=16, prefill_attention=256))
+    measured = fill.filler.estimate(32, 0)
+    assert guessed.relative_error is None
+    assert measured.relative_error is not None
+    assert measured.seconds > guessed.seconds > 0.0
 
 
 async def test_closing_a_fill_waits_for_the_engine() -> None:
@@ -58,7 +73,7 @@ async def test_no_number_of_cancels_makes_it_return_earlier() -> None:
     sequence = await fill.begin()
     upcoming = asyncio.create_task(anext(fill.progress))
     await settle()
-    for _ in range(3):
+    for _ in range(10):
         upcoming.cancel()
         await settle()
         assert not upcoming.done()
