@@ -186,7 +186,7 @@ class PrefillSession(Shell[PrefillHandoff, pb.PrefillMessage]):
         site, record = self._site, self._site.record()
         cached = site.pool.match(self._asked.chain)
         estimate = self._fill.estimate(cached)
-        self._fill_estimate = Prediction(estimate.seconds, None)
+        self._fill_estimate = Prediction(estimate.seconds, estimate.relative_error)
         offers = [exporter.offer() for exporter in site.exporters.values()]
         return OpenedReply(
             estimate_s=estimate.seconds,
