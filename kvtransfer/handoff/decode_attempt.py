@@ -254,13 +254,13 @@ class DecodeAttempt(Shell[DecodeHandoff, pb.DecodeMessage]):
     def _reserve_at_once(self) -> None:
         """A prefix fetch never waits: it has its blocks now, overtaking nobody, or it is over."""
         pool, ask = self._site.pool, self._ask
-        missing = ask.blocks - pool.match(ask.names)
         reused = None
-        if self._site.reservations.may_take(missing):
+        if self._site.reservations.may_take(ask.blocks):
             reused = pool.acquire(ask.owner, ask.names, ask.blocks, reserve=True)
         if reused is None:
             self.counters["reservations_refused"] += 1
             self.feed(ev.ReserveRefused())
+            missing = ask.blocks - pool.match(ask.names)
             self.feed(ev.Cancelled(f"no {missing} blocks are to be had now, and a prefix fetch never waits"))
             return
         self._reserved(reused)

@@ -72,8 +72,12 @@ class Reservations:
         return first is waiter and not yields
 
     def may_take(self, blocks: int) -> bool:
-        """Whether `blocks` are there that nobody waits for: for who takes them at once or not at all."""
-        return not self._waiting and self._pool.available() >= self._preempted() + blocks
+        """Whether nobody waits who would miss `blocks`: for who takes them at once or not at all.
+
+        Those that it has cached are among them: to pin one takes it from the others, too.
+        """
+        owed = self._preempted()
+        return not self._waiting and (owed == 0 or self._pool.available() >= owed + blocks)
 
     def wait(self, waiter: Waiter, blocks: int) -> None:
         """The pool could not deliver `blocks`: feed MemoryFreed when it may."""

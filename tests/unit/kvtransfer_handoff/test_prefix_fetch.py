@@ -168,6 +168,17 @@ async def test_a_prefix_overtakes_nobody_who_waits_for_memory() -> None:
         here.pool.release(older.owner)
 
 
+async def test_what_preempted_sequences_wait_for_is_not_taken_not_even_to_pin_it() -> None:
+    holder, here = Mate("holder"), Mate("here", blocks=8)
+    async with mates(holder, here):
+        holder.hold(PROMPT)
+        here.hold(PROMPT, 3)
+        for owed, fetched in ((5, None), (4, FetchedPrefix(holder.peer().worker, 1))):
+            here.handoffs._site.reservations._preempted = lambda owed=owed: owed
+            assert await here.prefixes.fetch(here.prefix_ask(PROMPT, holder.holder(4))) == fetched
+        assert here.handoffs.counters["reservations_refused"] == 1
+
+
 async def test_bytes_that_changed_at_the_holder_are_never_named_here() -> None:
     holder, here = Mate("holder"), Mate("here", perf=SLOW_WAY)
     async with mates(holder, here):
