@@ -32,7 +32,7 @@ class Exploration:
     def __init__(self, values: Mapping[str, float] | None = None) -> None:
         """`values`: an earlier `snapshot`, perhaps among other things."""
         found = values or {}
-        self._credit = {path: found.get(_key(path), 0.0) for path in PrefillPath}
+        self._credit = {path: min(_MOST_CREDIT_S, found.get(_key(path), 0.0)) for path in PrefillPath}
 
     def took(self, path: PrefillPath, seconds: float) -> None:
         """A request took `path` and `seconds` to its first token."""

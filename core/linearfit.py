@@ -61,7 +61,9 @@ class LinearFit:
 
     def predict(self, features: Sequence[float]) -> float:
         """Never negative, for features that are not."""
-        return float(np.dot(self._coefficients, np.asarray(features, dtype=np.float64)))
+        # A few terms: plain floats are several times faster than a vector, and routers predict a lot.
+        terms = zip(self._coefficients.tolist(), features, strict=True)
+        return float(sum(coefficient * feature for coefficient, feature in terms))
 
     def observe(self, features: Sequence[float], value: float) -> float:
         """Learn that `features` (≥ 0, not all 0) took `value` > 0; returns the relative error before it."""

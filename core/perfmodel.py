@@ -41,6 +41,9 @@ _TRANSFER: Final = "transfer"
 _SHORTEST_SECONDS: Final = 1e-6
 """No work that exists is predicted to take less."""
 
+_LARGEST: Final = 1e15
+"""No number of a snapshot is larger: what is predicted with such ones of any work is finite."""
+
 _SHORTEST_FILL_SECONDS: Final = 1e-2
 """A prefill that is not longer, as predicted or as it was, says nothing about estimates."""
 
@@ -86,7 +89,8 @@ class Prediction:
 
 
 class PerfModel:
-    """Predictions from records; reads no clock. One thread observes, any thread may predict or snapshot."""
+    """Predictions from records; reads no clock. Any thread may predict or snapshot; what is observed of one
+    kind (steps; transfers and handoffs; paths) comes from one thread."""
 
     def __init__(self) -> None:
         self._steps = LinearFit(_STEP_PRIOR)
@@ -216,11 +220,11 @@ class PerfModel:
         Missing terms keep their priors and unknown names are ignored, so that workers and routers of
         different versions understand each other.
 
-        Raises ValueError, and changes nothing, when a value is negative or not finite.
+        Raises ValueError, and changes nothing, when a value is not from 0 to 1e15.
         """
-        wrong = {name: value for name, value in values.items() if not (math.isfinite(value) and value >= 0.0)}
+        wrong = {name: value for name, value in values.items() if not 0.0 <= value <= _LARGEST}
         if wrong:
-            raise ValueError(f"a performance snapshot holds non-negative finite numbers, got {wrong}")
+            raise ValueError(f"a performance snapshot holds numbers from 0 to {_LARGEST:g}, got {wrong}")
         names = [
             name.split("/", 1)[1].rsplit("/", 1)[0] for name in values if name.startswith(f"{_TRANSFER}/")
         ]

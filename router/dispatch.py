@@ -21,6 +21,7 @@ from pdserve.router.sessions import WorkerSession
 from pdserve.router.status import from_failure
 from pdserve.router.token_stream import TokenStream
 from pdserve.router.universal import UniversalPrefix
+from pdserve.router.view import ClusterView
 
 PLACEMENTS = 3
 """Times that a request is placed: once, and twice more when its decode workers answer Replace."""
@@ -129,10 +130,11 @@ class Dispatcher:
             asked = PlacementRequest(
                 len(job.tokens), job.promise_blocks, key, depths, frozenset(refused), job.longest_blocks
             )
-            placement = self._place(job, asked)
+            view = self._pool.view(job.workers)
+            placement = self._policy.place(view, asked, self._clock.now())
             if placement is None:
                 break
-            self._name_holder(job, placement, depths, message)
+            self._name_holder(view, placement, depths, message)
             stream = self._open(job, course, placement, message)
             placed = self._clock.now()
             timings = wire.Timings(admitted - job.arrived, located - admitted, placed - located)
@@ -165,9 +167,6 @@ class Dispatcher:
             return {}
         return {worker: location.depth for worker, location in found.items()}
 
-    def _place(self, job: Job, asked: PlacementRequest) -> Placement | None:
-        return self._policy.place(self._pool.view(job.workers), asked, self._clock.now())
-
     def _open(
         self, job: Job, course: Course, placement: Placement, message: worker_pb2.OpenRequest
     ) -> TokenStream:
@@ -192,14 +191,14 @@ class Dispatcher:
 
     def _name_holder(
         self,
-        job: Job,
+        view: ClusterView,
         placement: Placement,
         depths: Mapping[WorkerId, int],
         message: worker_pb2.OpenRequest,
     ) -> None:
         """Who has what the chosen ones lack; they decide whether to fetch it."""
         message.ClearField("prefix")
-        held = prefix_holder(self._pool.view(job.workers), depths, placement.prefill)
+        held = prefix_holder(view, depths, placement.prefill)
         if held is not None:
             message.prefix.CopyFrom(wire.prefix(self._pool.session(held.worker).record, held.blocks))
 

@@ -115,6 +115,7 @@ class SessionPool:
             token_budget=self._engine.token_budget,
             traffic=session.traffic.now,
             age_s=now - session.loaded_at,
+            ended=session.ended,
             charged=self._bookings.charged(worker, now),
             fresh=self._bookings.charged(worker, now, since=session.loaded_at),
             suspect=session.suspect,

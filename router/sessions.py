@@ -84,6 +84,8 @@ class WorkerSession:
         self.traffic = PrefillTraffic()
         self.loaded_at = clock.now()
         """When `load` arrived, on the router's clock."""
+        self.ended = 0
+        """Requests that ended since, so that `load` still has their sequences."""
         self.state = SessionState.CONNECTING
         self._router = router
         self._tls = tls
@@ -262,6 +264,7 @@ class WorkerSession:
                 self._overflow(request, live)
             elif live.stream.ended:
                 del self._live[request]
+                self.ended += 1
         if last and request not in self._live:
             self._send(worker_pb2.SessionRequest(ack=worker_pb2.AckRequest(request_id=request)))
 
@@ -278,11 +281,14 @@ class WorkerSession:
         load = wire.load_of(heartbeat)
         busy = load.running > 0 or load.queued_prefill_tokens > 0
         self._liveness.beat(load.progress, busy, now)
-        self.load, self.reported, self.loaded_at = load, heartbeat.load, now
+        self.load, self.reported, self.loaded_at, self.ended = load, heartbeat.load, now, 0
         self.traffic.beat(now, load.prefills, load.prefill_busy_s)
-        self.record = replace(
-            self.record, draining=heartbeat.load.draining, role_weight=heartbeat.load.role_weight
-        )
+        self.record = replace(self.record, draining=heartbeat.load.draining)
+        weight = heartbeat.load.role_weight
+        if 0.0 <= weight <= 1.0:
+            self.record = replace(self.record, role_weight=weight)
+        else:
+            log.warning("worker %s sent an unusable role weight: %s", self.record.worker, weight)
         try:
             self.perf.restore(load.perf_model)
         except ValueError:

@@ -11,7 +11,7 @@ from pdserve.router.bookings import Charge
 from pdserve.router.prefill_traffic import Traffic
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class WorkerView:
     """One worker.
 
@@ -37,6 +37,8 @@ class WorkerView:
     """Prompts that come here, of this and other routers."""
     age_s: float = 0.0
     """Since `load` came."""
+    ended: int = 0
+    """Requests of this router that ended since then: `load` still counts their streams."""
     colleague: PerfModel | None = None
     """Of another worker of the same model that has measured prefills, where this one has not."""
 
@@ -69,13 +71,14 @@ class WorkerView:
         """Blocks that one handoff may have here, as the worker counts them: more is refused for ever."""
         return max(1, int(self.record.pool_blocks * self.export_share))
 
-    @property
+    @cached_property
     def streams(self) -> int:
         """Sequences that decode here: each step of a prefill here delays them all."""
         load = self.load
-        return max(load.running + load.waiting - load.queued_prefills, self.charged.streams)
+        reported = load.running + load.waiting - load.queued_prefills - self.ended
+        return max(reported, self.charged.streams)
 
-    @property
+    @cached_property
     def wait_s(self) -> float:
         """Predicted seconds until a prefill that is asked for now would start."""
         reported = self.service_s(self.load.queued_prefill_tokens, 0)
@@ -130,7 +133,7 @@ class WorkerView:
         """What predicts its prefills."""
         return self.colleague or self.perf
 
-    @property
+    @cached_property
     def step_budget(self) -> int:
         """Prompt tokens per step now: beside running streams, prefill has only its share."""
         share = max(BLOCK_TOKENS, round(self.token_budget * self.record.role_weight))
@@ -147,9 +150,9 @@ class WorkerView:
 
     def service_s(self, new: int, cached: int) -> float:
         """Predicted seconds from the start to the end of such a prefill: its steps carry the streams, too."""
-        steps = -(-new // self.step_tokens)
-        if not steps or not self.streams:
+        if not new or not self.streams:
             return self.compute_s(new, cached)
+        steps = -(-new // self.step_tokens)
         # Each stream grows by a token per step.
         context = self.load.context_tokens + self.streams * (steps - 1) // 2
         return self.compute_s(new, cached) + steps * self.decode_step_s(context=context)

@@ -16,13 +16,13 @@ class PrefillLessons:
         self._block_bytes = block_bytes
 
     def first_token(self, request: DecodeRequest) -> None:
-        """A request's first token came, and its route is complete. One that had to walk on teaches nothing:
-        its time is that of several ways."""
-        if request.route.candidates_tried:
-            return
-        path = PrefillPath.LOCAL if request.handoff is None else PrefillPath.HANDOFF
-        self._perf.observe_path(path, request.route.measured_s)
-        self._handoff(request)
+        """A request's first token came, and its route is complete. Of one that had to walk on, the time is
+        that of several ways and no measure of any; but it was asked for a handoff, and a try is used up."""
+        detour = request.route.candidates_tried > 0
+        local = request.handoff is None and not detour
+        self._perf.observe_path(PrefillPath.LOCAL if local else PrefillPath.HANDOFF, request.route.measured_s)
+        if not detour:
+            self._handoff(request)
 
     def _handoff(self, request: DecodeRequest) -> None:
         done, asked_at = request.handoff, request.marks.serving_open

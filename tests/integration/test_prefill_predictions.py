@@ -1,7 +1,6 @@
 """What a client, an operator and the router learn of the choice between a handoff and the owner itself."""
 
 import asyncio
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ from prometheus_client import generate_latest
 from stack import Stack, stack, tiny_config
 
 from pdserve.cluster.redis_server import RedisServer
+from pdserve.core.config import HandoffConfig, RouterConfig, SessionConfig
 from pdserve.core.types import Disaggregation, Role
 
 PROMPT = "What costs less is done, and what was expected is told beside what came of it. " * 4
@@ -26,8 +26,14 @@ def metric(running: Stack, name: str, path: str) -> float:
 async def test_both_predictions_and_the_outcome_come_with_the_answer(
     tiny_model: Path, redis: RedisServer, mode: Disaggregation
 ) -> None:
-    config = tiny_config(tiny_model, redis)
-    config = dataclasses.replace(config, router=dataclasses.replace(config.router, disaggregation=str(mode)))
+    config = tiny_config(
+        tiny_model,
+        redis,
+        # On a slow machine, too, a handoff is served by the first who is asked.
+        handoff=HandoffConfig(silence_s=60.0),
+        session=SessionConfig(silence_s=60.0),
+        router=RouterConfig(grpc_port=0, disaggregation=str(mode)),
+    )
     async with stack(config, WORKERS) as running:
         client = running.client
         assert client is not None

@@ -74,7 +74,23 @@ async def test_the_owners_own_prefill_earns_handoffs_a_credit() -> None:
     assert perf.credit_seconds(PrefillPath.LOCAL) == 0.0
 
 
-async def test_detours_teach_nothing() -> None:
+async def test_detours_teach_no_speed() -> None:
     request = await answered(Outcome.LOST, "ok")
+    request.handoff, request.marks.serving_open = DONE, 10.0
     assert request.route.candidates_tried == 1
-    assert taught(request).snapshot() == PerfModel().snapshot()
+    values, untaught = taught(request).snapshot(), PerfModel().snapshot()
+    assert {name for name in values if values[name] != untaught.get(name)} == {
+        "exploration/local/credit_seconds"
+    }
+
+
+async def test_a_try_that_failed_is_used_up() -> None:
+    """Or every request would try a prefill worker that never serves, for a credit that nobody spends."""
+    request = await answered(Outcome.LOST, Outcome.LOST)
+    assert request.route.candidates_tried == 2
+    assert request.handoff is None, "D itself served"
+    perf = PerfModel()
+    perf.observe_path(PrefillPath.LOCAL, 100.0)
+    assert perf.credit_seconds(PrefillPath.HANDOFF) > 0.0
+    PrefillLessons(perf, chunk_tokens=256, block_bytes=1000).first_token(request)
+    assert perf.credit_seconds(PrefillPath.HANDOFF) == 0.0
