@@ -32,6 +32,8 @@ class Patience:
         remaining_s = site.config.request_deadline_s if own_s is None else max(0.0, own_s)
         self._budget = Budget(now, now + remaining_s, site.config.silence_s, ask.further)
         self._heard_at = now
+        # Once: bounds are made with every event, and a long prompt has thousands of names.
+        self._missing = blocks_for(ask.positions) - site.pool.match(ask.names)
         self._fill: FillForecast | None = None
         self._filled = False
         self._asked = False
@@ -101,12 +103,11 @@ class Patience:
         return Prediction(fill.estimate_s * min(1.0, rest), None if perf is None else perf.fill_error)
 
     def _transfer(self, transport: str | None) -> Prediction:
-        """Of all bytes that D does not hold."""
-        site, ask = self._site, self._ask
+        """Of all bytes that D did not hold at the start."""
+        site = self._site
         if site.perf is None or transport is None:
             return AT_ONCE
-        missing = blocks_for(ask.positions) - site.pool.match(ask.names)
-        return site.perf.transfer_seconds(missing * site.storage.layout.block_bytes, transport)
+        return site.perf.transfer_seconds(self._missing * site.storage.layout.block_bytes, transport)
 
     def _elsewhere(self) -> Prediction | None:
         """Prefilling as fast as this worker would, in one step."""
