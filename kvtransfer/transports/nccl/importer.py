@@ -273,6 +273,7 @@ class NcclImporter:
             await connection.close("it was given up before the peer joined")
             raise
         self._connection = connection
+        self._watch_idleness()  # also where nobody waits for it any more
         return connection
 
     async def _connect(self) -> tuple[ControlStream, bytes]:

@@ -277,6 +277,28 @@ async def test_an_idle_communicator_is_closed_at_both_ends_and_made_again_when_n
         assert pair.importer.epochs == 2
 
 
+async def test_a_communicator_whose_first_fetch_was_given_up_is_closed_when_idle_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with pair_of(idle_s=0.05) as pair:
+        named, go_on = threading.Event(), threading.Event()
+        unique_id = pair.d.library.unique_id
+
+        def held() -> bytes:
+            named.set()
+            go_on.wait(TIMEOUT_S)
+            return unique_id()
+
+        monkeypatch.setattr(pair.d.library, "unique_id", held)
+        fetch = asyncio.ensure_future(pair.importer.fetch(grant(0)))
+        await asyncio.to_thread(named.wait)
+        fetch.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await fetch
+        go_on.set()
+        await until(lambda: bool(pair.d.library.made) and pair.d.all_ended() and pair.p.all_ended())
+
+
 async def test_p_keeps_so_many_communicators_and_closes_the_longest_unused_one() -> None:
     async with pair_of(max_pairs=1) as pair:
         await pair.works(0)
