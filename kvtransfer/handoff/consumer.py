@@ -33,8 +33,8 @@ from pdserve.proto.connections import connect
 
 __all__ = ["Committed", "DecodeHandoffs", "HandoffAsk", "HandoffPeer", "NotServed"]
 
-_IDLE_CHANNELS = 32
-"""Channels kept for endpoints that no handoff uses now."""
+_IDLE_CHANNELS = 64
+"""Channels kept for endpoints that no handoff uses now: as many as peers are met (workers/peers.py)."""
 
 
 class DecodeHandoffs:

@@ -19,6 +19,7 @@ from pdserve.kvtransfer.transports.base import Failed, Grant, Offer, SourceDone
 from pdserve.kvtransfer.transports.copying import refusal
 from pdserve.kvtransfer.transports.meetings import Key, Meetings
 from pdserve.kvtransfer.transports.nccl.link import Link
+from pdserve.kvtransfer.transports.nccl.reader import Reader
 from pdserve.kvtransfer.transports.nccl.stream import ControlStream
 from pdserve.kvtransfer.transports.nccl.wire import (
     TOKEN_BYTES,
@@ -28,7 +29,6 @@ from pdserve.kvtransfer.transports.nccl.wire import (
     Post,
     Ready,
     Welcome,
-    WireError,
     receive_hello,
     receive_join,
     receive_request,
@@ -47,45 +47,8 @@ MAX_PAIRS = 16
 class _Arrival(NamedTuple):
     """A claim, and the reader to answer."""
 
-    reader: "_Reader"
+    reader: Reader
     claim: Claim
-
-
-class _Reader:
-    """An epoch at P. What is packed and not sent yet belongs to who holds `lock`."""
-
-    def __init__(self, link: Link) -> None:
-        self.link = link
-        self.lock = asyncio.Lock()
-        self._order = 0
-        self._awaited: tuple[int, asyncio.Future[bool]] | None = None
-
-    def posted(self, post: Post) -> None:
-        """D's word on what is packed. Raises WireError where it is not what both count on."""
-        if self._awaited is None or self._awaited[0] != post.tag or self._awaited[1].done():
-            raise WireError(f"a post for nothing that is packed: {post}")
-        if post.order:
-            self._order += 1
-            if post.order != self._order:
-                raise WireError(f"post {post.order} came where {self._order} was due")
-        self._awaited[1].set_result(post.order > 0)
-
-    async def offer(self, ready: Ready) -> bool:
-        """Tell D that this is packed; whether D posts for it. Cancelled, the link has ended."""
-        wanted: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._awaited = (ready.tag, wanted)
-        try:
-            await self.link.send(ready.pack())
-            return await wanted
-        except asyncio.CancelledError:
-            self.link.end("a post did not come in time")
-            raise
-        finally:
-            self._awaited = None
-
-    def ended(self, reason: str) -> None:
-        if self._awaited is not None and not self._awaited[1].done():
-            self._awaited[1].set_exception(ConnectionError(reason))
 
 
 class NcclExporter:
@@ -122,7 +85,7 @@ class NcclExporter:
         self._token = secrets.token_bytes(TOKEN_BYTES)
         self._listener: socket.socket | None = None
         self._meetings: Meetings[_Arrival] = Meetings(timeout_s, self._refuse)
-        self._readers: OrderedDict[_Reader, None] = OrderedDict()
+        self._readers: OrderedDict[Reader, None] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -228,7 +191,7 @@ class NcclExporter:
             raise
         gpu, clock = self._blocks.gpu, self._clock
         link = Link("kv-nccl-out", stream, gpu, self._communicators, clock, self._timeout_s)
-        reader = _Reader(link)
+        reader = Reader(link)
         over = asyncio.Event()
 
         def ended(reason: str) -> None:
@@ -256,7 +219,7 @@ class NcclExporter:
             raise ConnectionError(refused)
         return hello
 
-    def _admit(self, reader: _Reader) -> None:
+    def _admit(self, reader: Reader) -> None:
         """Keep it, and make room: the longest unused of the others that are idle."""
         self._readers[reader] = None
         spare = [other for other in self._readers if other is not reader and not other.lock.locked()]
@@ -264,7 +227,7 @@ class NcclExporter:
             other.link.end("it made room for another reader")
             del self._readers[other]
 
-    async def _read(self, reader: _Reader, stream: ControlStream) -> None:
+    async def _read(self, reader: Reader, stream: ControlStream) -> None:
         while True:
             request = await receive_request(stream)
             if isinstance(request, Post):
@@ -302,7 +265,7 @@ class NcclExporter:
             await reader.link.in_thread(lambda: self._post(reader, grant))
         return None
 
-    def _pack(self, reader: _Reader, grant: Grant) -> str | None:
+    def _pack(self, reader: Reader, grant: Grant) -> str | None:
         """In the link's thread: the granted bytes, checked before and after, to staging memory."""
         epoch, blocks, generations = reader.link.epoch, self._blocks, self._storage.generations
         if (reason := grant.table.stale(generations)) is not None:
@@ -312,7 +275,7 @@ class NcclExporter:
         epoch.stream.record().wait()
         return grant.table.stale(generations)
 
-    def _post(self, reader: _Reader, grant: Grant) -> None:
+    def _post(self, reader: Reader, grant: Grant) -> None:
         """In the link's thread: what was packed last."""
         epoch = reader.link.epoch
         epoch.send(epoch.staged(len(grant.segments), self._blocks.rows.row_bytes))
