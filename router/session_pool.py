@@ -101,23 +101,23 @@ class SessionPool:
     def statuses(self) -> list[inference_pb2.WorkerStatus]:
         """All members for a status page, in order of name."""
         return [
-            wire.worker_status(session.record, session.reported, _state(session))
+            wire.worker_status(session.record, session.report.message, _state(session))
             for _, session in sorted(self._sessions.items())
         ]
 
     def _view_of(self, session: WorkerSession) -> WorkerView:
-        worker, now = session.record.worker, self._clock.now()
+        worker, report, now = session.record.worker, session.report, self._clock.now()
         return WorkerView(
             record=session.record,
-            load=session.load,
-            perf=session.perf,
+            load=report.load,
+            perf=report.perf,
             chunk_tokens=self._engine.chunk_tokens,
             token_budget=self._engine.token_budget,
-            traffic=session.traffic.now,
-            age_s=now - session.loaded_at,
-            ended=session.ended,
+            traffic=report.traffic.now,
+            age_s=now - report.at,
+            ended=report.ended,
             charged=self._bookings.charged(worker, now),
-            fresh=self._bookings.charged(worker, now, since=session.loaded_at),
+            fresh=self._bookings.charged(worker, now, since=report.at),
             suspect=session.suspect,
             export_share=self._export_share,
         )

@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 
 import grpc
@@ -13,18 +13,16 @@ from pdserve.core.channel_options import CHANNEL_OPTIONS
 from pdserve.core.clock import Clock
 from pdserve.core.config import SessionConfig
 from pdserve.core.errors import InternalError, Overloaded, WorkerLost, from_foreign
-from pdserve.core.perfmodel import PerfModel
 from pdserve.core.security.tls import ClientTls
 from pdserve.core.tasks import end_task
 from pdserve.core.types import RequestId
-from pdserve.core.worker_record import WorkerLoad, WorkerRecord
+from pdserve.core.worker_record import WorkerRecord
 from pdserve.proto import worker_pb2
 from pdserve.proto.connections import connect
 from pdserve.proto.worker_pb2_grpc import WorkerStub
-from pdserve.router import wire
 from pdserve.router.liveness import Liveness
-from pdserve.router.prefill_traffic import PrefillTraffic
 from pdserve.router.token_stream import TokenStream
+from pdserve.router.worker_report import WorkerReport
 
 FIRST_BACKOFF_S = 0.05
 LONGEST_BACKOFF_S = 1.0
@@ -77,15 +75,7 @@ class WorkerSession:
         tls: ClientTls | None = None,
     ) -> None:
         self.record = record
-        self.load = WorkerLoad()
-        self.reported = worker_pb2.WorkerLoad()
-        """The load as it came, for status pages."""
-        self.perf = PerfModel()
-        self.traffic = PrefillTraffic()
-        self.loaded_at = clock.now()
-        """When `load` arrived, on the router's clock."""
-        self.ended = 0
-        """Requests that ended since, so that `load` still has their sequences."""
+        self.report = WorkerReport(clock.now())
         self.state = SessionState.CONNECTING
         self._router = router
         self._tls = tls
@@ -264,7 +254,7 @@ class WorkerSession:
                 self._overflow(request, live)
             elif live.stream.ended:
                 del self._live[request]
-                self.ended += 1
+                self.report.ended += 1
         if last and request not in self._live:
             self._send(worker_pb2.SessionRequest(ack=worker_pb2.AckRequest(request_id=request)))
 
@@ -278,21 +268,9 @@ class WorkerSession:
         live.on_overflow()
 
     def _beat(self, heartbeat: worker_pb2.WorkerHeartbeat, now: float) -> None:
-        load = wire.load_of(heartbeat)
-        busy = load.running > 0 or load.queued_prefill_tokens > 0
-        self._liveness.beat(load.progress, busy, now)
-        self.load, self.reported, self.loaded_at, self.ended = load, heartbeat.load, now, 0
-        self.traffic.beat(now, load.prefills, load.prefill_busy_s)
-        self.record = replace(self.record, draining=heartbeat.load.draining)
-        weight = heartbeat.load.role_weight
-        if 0.0 <= weight <= 1.0:
-            self.record = replace(self.record, role_weight=weight)
-        else:
-            log.warning("worker %s sent an unusable role weight: %s", self.record.worker, weight)
-        try:
-            self.perf.restore(load.perf_model)
-        except ValueError:
-            log.warning("worker %s sent an unusable performance model", self.record.worker)
+        self.record = self.report.hear(heartbeat, self.record, now)
+        load = self.report.load
+        self._liveness.beat(load.progress, load.running > 0 or load.queued_prefill_tokens > 0, now)
 
     # --- the time ---
 

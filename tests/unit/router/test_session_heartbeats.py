@@ -34,10 +34,10 @@ def beat(session: WorkerSession, load: worker_pb2.WorkerLoad) -> WorkerView:
     return dataclasses.replace(
         plain,
         record=session.record,
-        load=session.load,
-        perf=session.perf,
-        traffic=session.traffic.now,
-        ended=session.ended,
+        load=session.report.load,
+        perf=session.report.perf,
+        traffic=session.report.traffic.now,
+        ended=session.report.ended,
     )
 
 
@@ -88,9 +88,9 @@ def test_a_stream_that_ended_since_the_heartbeat_delays_nobody() -> None:
     session.open(worker_pb2.OpenRequest(request_id="r"), TokenStream(16, 1), None, lambda: None)
     for first, finish in ((0, ""), (1, "stop")):
         item = worker_pb2.FrameItem(request_id="r", first_index=first, token_ids=[7], finish_reason=finish)
-        assert session.ended == 0
+        assert session.report.ended == 0
         session._receive(worker_pb2.SessionResponse(frame=worker_pb2.Frame(items=[item])))
-    assert session.ended == 1
+    assert session.report.ended == 1
     assert beat(session, worker_pb2.WorkerLoad(running=1)).streams == 1, "the next heartbeat knows"
     seen = dataclasses.replace(worker("decode-0", Role.DECODE), load=WorkerLoad(running=2), ended=1)
     assert seen.streams == 1
