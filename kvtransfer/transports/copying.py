@@ -85,6 +85,8 @@ async def settle(future: asyncio.Future[Any], stop: threading.Event | None = Non
             interrupted = error
             if stop is not None:
                 stop.set()
+    if not future.cancelled():
+        future.exception()  # seen: who asks for no result leaves no error that nobody handled
     if interrupted is not None:
         raise interrupted
 

@@ -10,6 +10,9 @@ from pdserve.core.types import HandoffId
 Arrival = TypeVar("Arrival")
 
 
+GIVEN_UP = "the serve of this grant was given up"
+
+
 class Key(NamedTuple):
     """One grant, or one part of it where it travels in several."""
 
@@ -45,6 +48,10 @@ class Meetings(Generic[Arrival]):
         meeting.served = True
         try:
             return await meeting.arrival or "the handoff was called off"
+        except asyncio.CancelledError:
+            if not meeting.arrival.cancelled() and (arrival := meeting.arrival.result()) is not None:
+                self._refuse(arrival, GIVEN_UP)  # it came in the very turn of the loop that ended the wait
+            raise
         finally:
             if self._open.get(key) is meeting:
                 del self._open[key]

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import numpy as np
@@ -289,14 +289,19 @@ async def test_an_ended_handoff_fails_both_halves_at_once(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", TWO_SIDED_CHILD)
-async def test_a_stopped_source_fails_the_fetch_within_its_deadline(way: str) -> None:
-    async with meet(way, "child", "float32", 1.0) as pair:
+async def test_a_stopped_source_fails_the_fetch_within_its_deadline(
+    way: str, leap: Callable[[float], Awaitable[None]]
+) -> None:
+    async with meet(way, "child", "float32", TIMEOUT_S) as pair:
         assert isinstance(pair.source, Remote)
         assert isinstance((await pair.carry_out(pair.grant([0], [0])))[0], Landed)
         pair.source.signal(signal.SIGSTOP)
-        fetched = await pair.importer.fetch(pair.grant([1], [1], seq=1))
+        fetch = asyncio.ensure_future(pair.importer.fetch(pair.grant([1], [1], seq=1)))
+        await asyncio.sleep(0)
+        await leap(TIMEOUT_S)
+        fetched = await fetch
         assert isinstance(fetched, Failed)
-        assert "1.0 s" in fetched.reason
+        assert f"{TIMEOUT_S} s" in fetched.reason
 
 
 @pytest.mark.parametrize("way", TWO_SIDED_CHILD)

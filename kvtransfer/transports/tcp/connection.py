@@ -77,6 +77,7 @@ class Connection:
             self._stream.send_now(record)
         except OSError as error:
             # Half a claim may be out: nothing sensible can follow it on this socket.
+            incoming.abandon()
             self.sever(f"a claim could not be sent: {error}")
             raise
         return incoming
@@ -95,7 +96,7 @@ class Connection:
     # In the thread
 
     def _run(self) -> None:
-        reason = "the importer is closed"
+        reason = "the thread that receives failed"
         try:
             self._stream.handshake()
             self._stream.send([memoryview(self._hello.pack())])
@@ -121,16 +122,14 @@ class Connection:
         reason = receive_exactly(self._stream, size).decode(errors="replace") if size else damage
         if reason is None and header.num_bytes < incoming.num_bytes:
             raise WireError("a frame without a payload is said to be what was granted")
-        self._post(lambda: self._finish(header.tag, reason))
+        del self._claimed[header.tag]  # here, so that a frame that follows at once cannot be a second answer
+        self._post(lambda: incoming.ended(reason))
 
     def _post(self, work: Callable[[], None]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop was closed and took everything with it
             self._loop.call_soon_threadsafe(work)
 
     # In the event loop again
-
-    def _finish(self, tag: int, reason: str | None) -> None:
-        self._claimed.pop(tag)[1].ended(reason)
 
     def _end(self, reason: str) -> None:
         """After the thread's last look at the stream."""

@@ -13,7 +13,7 @@ from pdserve.core.types import HandoffId
 from pdserve.kvtransfer.pool.storage import KvStorage
 from pdserve.kvtransfer.transports.base import Failed, Grant, Offer, SourceDone
 from pdserve.kvtransfer.transports.copying import refusal
-from pdserve.kvtransfer.transports.meetings import Key, Meetings
+from pdserve.kvtransfer.transports.meetings import GIVEN_UP, Key, Meetings
 from pdserve.kvtransfer.transports.tcp.reader import Reader
 from pdserve.kvtransfer.transports.tcp.wire import TOKEN_BYTES, Claim, part_of, peer_of, tune
 
@@ -145,6 +145,10 @@ class TcpExporter:
             return await arrival.reader.answer(claim, part_of(grant.segments, claim.part, claim.parts))
         except OSError as error:
             return f"the reader was lost: {error}"
+        except asyncio.CancelledError:
+            # Before its turn, that is, on a connection that lives on: the reader would wait for it.
+            self._spawn(self._refuse(arrival, GIVEN_UP))
+            raise
 
     async def _refuse(self, arrival: _Arrival, reason: str) -> None:
         with contextlib.suppress(OSError):

@@ -59,8 +59,9 @@ class Incoming:
 
     def abandon(self) -> None:
         """From here on nothing is written; what still comes is thrown away."""
+        self._abandoned = True  # first: from here on the thread does not compete for the lock
         with self._lock:
-            self._abandoned = True
+            pass  # a write that had begun is over
 
     def receive(self, stream: Stream) -> str | None:
         """Take the whole payload; why it could not be kept, None if it was, or if nobody wanted it.
@@ -91,15 +92,20 @@ class Incoming:
 
     def _take(self, stream: Stream, views: Sequence[memoryview]) -> int:
         """What is there, into `views` or thrown away; how many bytes, 0 where nothing is there."""
-        with self._lock:
-            target = [_SCRATCH[: sum(map(len, views))]] if self._abandoned else views
-            try:
-                received = stream.receive(target)
-            except BlockingIOError:
-                return 0
+        try:
+            received = self._receive(stream, views)
+        except BlockingIOError:
+            return 0
         if not received:
             raise ConnectionError("the peer closed the connection")
         return received
+
+    def _receive(self, stream: Stream, views: Sequence[memoryview]) -> int:
+        if not self._abandoned:
+            with self._lock:
+                if not self._abandoned:
+                    return stream.receive(views)
+        return stream.receive([_SCRATCH[: sum(map(len, views))]])
 
     def _keep(self, piece: Sequence[Segment], rows: NDArray[np.uint8]) -> None:
         """All of a piece has come: digest what was written, or write what was staged."""

@@ -37,6 +37,7 @@ class Lane:
             return self._connection
         if self._opening is None:
             self._opening = asyncio.get_running_loop().create_task(self._open())
+            self._opening.add_done_callback(_note)
         opening = self._opening
         await asyncio.wait({opening})
         if opening.cancelled():
@@ -82,3 +83,9 @@ class Lane:
             sock.close()
             raise
         return sock
+
+
+def _note(opening: asyncio.Task[Connection]) -> None:
+    """Whoever waited for it may have given up before it failed: that is no error that nobody handles."""
+    if not opening.cancelled():
+        opening.exception()

@@ -55,7 +55,8 @@ class Reader:
                 self._take_claims(claimed)
             except OSError as error:
                 loop.remove_reader(self._sock)
-                gone.set_exception(error)
+                if not gone.done():  # cancelled in this very turn of the loop
+                    gone.set_exception(error)
 
         loop.add_reader(self._sock, on_readable)
         try:
@@ -86,14 +87,17 @@ class Reader:
         self._stream.sever()
 
     async def close(self) -> None:
-        """Idempotent. Returns when nothing is sent any more."""
+        """Idempotent. Returns when nothing is sent any more, also when cancelled."""
         self.sever()
         try:
-            async with self._sending:
-                pass  # the sender notices by its error that the connection is gone, and lets go
+            await settle(asyncio.ensure_future(self._idle()))
         finally:
             self._thread.close()
             self._stream.close()
+
+    async def _idle(self) -> None:
+        async with self._sending:
+            pass  # once severed, the sender notices by its error, and lets go
 
     def _push(self, outgoing: Outgoing) -> bool:
         if self._lost:

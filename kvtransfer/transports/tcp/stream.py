@@ -183,7 +183,7 @@ class TlsStream:
 
     def send_now(self, record: bytes) -> None:
         self._encrypt(memoryview(record))
-        self._plain.send_now(self._outgoing.read())
+        self._plain.send_now(self._take_encrypted())
 
     def sever(self) -> None:
         self._plain.sever()
@@ -204,7 +204,11 @@ class TlsStream:
 
     def _flush(self) -> None:
         """Send what is encrypted, to the end."""
-        self._plain.send([memoryview(self._outgoing.read())])
+        self._plain.send([memoryview(self._take_encrypted())])
+
+    def _take_encrypted(self) -> bytes:
+        with self._lock:  # who decrypts may add to it: an alert, an answer to new keys
+            return self._outgoing.read()
 
     def _decrypt(self, view: memoryview) -> int:
         """How many bytes; 0 at the end. A cut in the middle is none either: callers treat both as a loss."""

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import dataclasses
+import gc
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import numpy as np
@@ -16,6 +18,9 @@ from pdserve.kvtransfer.pool.pool import KvPool
 from pdserve.kvtransfer.pool.storage import KvStorage
 from pdserve.kvtransfer.transports.base import Failed, Grant, Landed, Offer, Segment, SourceDone
 from pdserve.kvtransfer.transports.tcp import TcpExporter, TcpImporter
+from pdserve.kvtransfer.transports.tcp.lane import Lane
+from pdserve.kvtransfer.transports.tcp.outgoing import Outgoing
+from pdserve.kvtransfer.transports.tcp.stream import Stream
 from pdserve.kvtransfer.transports.tcp.wire import (
     CLAIM_BYTES,
     FRAME_BYTES,
@@ -36,12 +41,11 @@ GRANT = Grant(HANDOFF, 3, 5, (Segment(BlockId(0), 1, BlockId(2), 16),))
 TIMEOUT_S = 20.0
 
 Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+Leap = Callable[[float], Awaitable[None]]
 
 
 @contextlib.asynccontextmanager
-async def importer_of(
-    answer: Answer, timeout_s: float = TIMEOUT_S
-) -> AsyncIterator[tuple[TcpImporter, KvStorage]]:
+async def importer_of(answer: Answer) -> AsyncIterator[tuple[TcpImporter, KvStorage]]:
     """An importer whose peer welcomes it, reads one claim and then does as `answer` says."""
 
     async def attend(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -61,7 +65,7 @@ async def importer_of(
         "layout": LAYOUT.fingerprint().hex(),
     }
     storage = KvStorage(LAYOUT, 4)
-    importer = TcpImporter(storage, Offer("tcp", parameters), timeout_s=timeout_s)
+    importer = TcpImporter(storage, Offer("tcp", parameters), timeout_s=TIMEOUT_S)
     try:
         yield importer, storage
     finally:
@@ -128,22 +132,39 @@ async def test_a_payload_without_a_good_verdict_fails_the_fetch_and_touches_no_o
         assert not storage.bytes_view[[0, 1, 3]].any()
 
 
+async def test_a_second_answer_to_one_claim_is_not_written() -> None:
+    async def send_twice(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(WHOLE + GOOD + frame() + b"y" * LAYOUT.block_bytes + GOOD)
+
+    async with importer_of(send_twice) as (importer, storage):
+        assert isinstance(await importer.fetch(GRANT), Landed)
+        await importer.close()
+        assert (storage.bytes_view[2] == ord("x")).all()
+
+
 @pytest.mark.parametrize("head", [b"", frame(), frame() + b"x" * 100], ids=["no frame", "no byte", "a part"])
-async def test_what_comes_after_a_fetch_ran_out_of_time_is_not_written(head: bytes) -> None:
+async def test_what_comes_after_a_fetch_ran_out_of_time_is_not_written(head: bytes, leap: Leap) -> None:
     """The block is somebody else's by then. The connection goes on: what follows on it lands."""
-    go_on = asyncio.Event()
+    stalled, go_on = asyncio.Event(), asyncio.Event()
 
     async def stall(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(head)
+        await writer.drain()
+        stalled.set()
         await go_on.wait()
         writer.write(WHOLE[len(head) :] + GOOD)
         await reader.readexactly(CLAIM_BYTES + len(HANDOFF))
         writer.write(frame(tag=2, seq=6) + b"y" * LAYOUT.block_bytes + GOOD)
 
-    async with importer_of(stall, timeout_s=0.5) as (importer, storage):
-        report = await importer.fetch(GRANT)
+    async with importer_of(stall) as (importer, storage):
+        fetch = asyncio.ensure_future(importer.fetch(GRANT))
+        await stalled.wait()
+        while head[FRAME_BYTES:] and not storage.bytes_view[2].any():
+            await asyncio.sleep(0.001)
+        await leap(TIMEOUT_S)
+        report = await fetch
         assert isinstance(report, Failed)
-        assert "0.5 s" in report.reason
+        assert f"{TIMEOUT_S} s" in report.reason
         storage.bytes_view[2] = 7
         go_on.set()
         following = Grant(HANDOFF, 3, 6, (Segment(BlockId(0), 1, BlockId(1), 16),))
@@ -247,12 +268,23 @@ async def test_a_second_claim_of_one_grant_gets_no_bytes() -> None:
             writer.close()
 
 
-async def test_a_reader_that_does_not_drain_fails_the_serve_and_loses_its_connection() -> None:
+async def test_a_reader_that_does_not_drain_fails_the_serve_and_loses_its_connection(
+    leap: Leap, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gc.collect()
+    caplog.clear()  # what other tests left behind
+    sending, loop, finish = asyncio.Event(), asyncio.get_running_loop(), Outgoing.finish
+
+    def noted(outgoing: Outgoing, stream: Stream) -> None:
+        loop.call_soon_threadsafe(sending.set)
+        finish(outgoing, stream)
+
+    monkeypatch.setattr(Outgoing, "finish", noted)
     layout = KvLayout(num_layers=8, num_kv_heads=8, head_dim=128, dtype="float32")
     storage = KvStorage(layout, 16)
     pool = KvPool(layout, 16, storage.generations)
     assert pool.allocate(OwnerId("p"), 16) is not None
-    source = TcpExporter(storage, timeout_s=0.3)
+    source = TcpExporter(storage, timeout_s=TIMEOUT_S)
     await source.start()
     token = bytes.fromhex(source.offer().parameters["token"])
     reader, writer = await connect(source, Hello(token, b"r" * 16).pack())
@@ -260,9 +292,17 @@ async def test_a_reader_that_does_not_drain_fails_the_serve_and_loses_its_connec
     writer.transport.pause_reading()  # type: ignore[attr-defined]
     writer.write(Claim(1, HANDOFF, 3, 5).pack())
     segments = tuple(Segment(BlockId(block), 1, BlockId(block), 16) for block in range(16))
-    report = await source.serve(Grant(HANDOFF, 3, 5, segments))
+    serve = asyncio.ensure_future(source.serve(Grant(HANDOFF, 3, 5, segments)))
+    await sending.wait()
+    await leap(TIMEOUT_S)
+    report = await serve
     assert isinstance(report, Failed)
-    assert "0.3 s" in report.reason
+    assert f"{TIMEOUT_S} s" in report.reason
+    writer.transport.resume_reading()  # type: ignore[attr-defined]
+    with contextlib.suppress(ConnectionError):
+        assert len(await reader.read()) < 16 * layout.block_bytes
+    gc.collect()
+    assert not caplog.records, "its reason is in the report, and there only"
     writer.close()
     await source.close()
     storage.close()
@@ -281,6 +321,33 @@ async def test_an_importer_connects_again_after_its_connection_was_lost() -> Non
         assert isinstance(await importer.fetch(GRANT), Failed)
         assert isinstance(await importer.fetch(GRANT), Landed)
         assert (storage.bytes_view[2] == ord("z")).all()
+
+
+async def test_a_source_out_of_reach_is_told_in_the_report_alone(
+    leap: Leap, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The fetch runs out of time first; the connection that it waited for fails a moment later."""
+    gc.collect()
+    caplog.clear()  # what other tests left behind
+    connecting = asyncio.Event()
+
+    async def never(_: Lane) -> socket.socket:
+        connecting.set()
+        await asyncio.get_running_loop().create_future()
+        raise AssertionError("nobody answers")
+
+    monkeypatch.setattr(Lane, "_connect", never)
+    parameters = {"host": "h", "port": "1", "token": "00" * 16, "layout": LAYOUT.fingerprint().hex()}
+    storage = KvStorage(LAYOUT, 4)
+    importer = TcpImporter(storage, Offer("tcp", parameters), timeout_s=TIMEOUT_S)
+    fetch = asyncio.ensure_future(importer.fetch(GRANT))
+    await connecting.wait()
+    await leap(TIMEOUT_S)
+    assert isinstance(await fetch, Failed)
+    await importer.close()
+    gc.collect()
+    assert not caplog.records
+    storage.close()
 
 
 @pytest.mark.parametrize("change", [{"layout": "00" * 16}, {"port": "many"}, {"token": "00"}])

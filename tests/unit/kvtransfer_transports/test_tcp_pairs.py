@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import host_gpu
@@ -16,10 +16,12 @@ from pdserve.kvtransfer.pool.layout import KvLayout
 from pdserve.kvtransfer.pool.pool import KvPool
 from pdserve.kvtransfer.pool.storage import KvStorage
 from pdserve.kvtransfer.transports.base import Failed, Grant, Landed, Segment, SourceDone
+from pdserve.kvtransfer.transports.meetings import GIVEN_UP
 from pdserve.kvtransfer.transports.tcp import TcpExporter, TcpImporter
 from pdserve.kvtransfer.transports.tcp.connection import Connection
 from pdserve.kvtransfer.transports.tcp.importer import parts_for
 from pdserve.kvtransfer.transports.tcp.outgoing import Outgoing
+from pdserve.kvtransfer.transports.tcp.reader import Reader
 from pdserve.kvtransfer.transports.tcp.stream import Stream
 from pdserve.kvtransfer.transports.tcp.wire import MAX_PARTS, Claim, part_of
 
@@ -207,3 +209,81 @@ async def test_a_reader_that_does_not_read_keeps_nobody_waiting(monkeypatch: pyt
         assert isinstance(await fetch, Landed)
         assert isinstance(await serve, SourceDone)
         assert pair.landed()
+
+
+@contextlib.contextmanager
+def sender_stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[asyncio.Event]:
+    """P's threads send nothing until the block ends; set when the first of them would."""
+    reached, go_on = asyncio.Event(), threading.Event()
+    loop, finish = asyncio.get_running_loop(), Outgoing.finish
+
+    def stuck(outgoing: Outgoing, stream: Stream) -> None:
+        loop.call_soon_threadsafe(reached.set)
+        go_on.wait()
+        finish(outgoing, stream)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Outgoing, "finish", stuck)
+        try:
+            yield reached
+        finally:
+            go_on.set()
+
+
+async def test_a_serve_given_up_before_its_turn_is_told_to_its_reader(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing of it was sent, so the connection lives on: its reader must not wait for its own deadline."""
+    async with pair_of() as pair:
+        importer = pair.importer()
+        queued, answer = asyncio.Event(), Reader.answer
+
+        async def noted(reader: Reader, claim: Claim, segments: Sequence[Segment]) -> str | None:
+            if claim.handoff == "small":
+                queued.set()
+            return await answer(reader, claim, segments)
+
+        monkeypatch.setattr(Reader, "answer", noted)
+        with sender_stuck(monkeypatch) as sending:
+            large = asyncio.ensure_future(
+                pair.carry_out(pair.grant(BLOCKS - 1, handoff="large", first=1), importer)
+            )
+            await sending.wait()
+            small = pair.grant(1, handoff="small")
+            fetch = asyncio.ensure_future(importer.fetch(small))
+            serve = asyncio.ensure_future(pair.exporter.serve(small))
+            await queued.wait()
+            serve.cancel()
+            await asyncio.wait({serve})
+            assert serve.cancelled()
+        fetched = await fetch
+        assert isinstance(fetched, Failed)
+        assert fetched.reason == GIVEN_UP
+        assert [type(report) for report in await large] == [Landed, SourceDone]
+        assert pair.landed(1, BLOCKS - 1)
+        assert not pair.target.bytes_view[0].any()
+
+
+async def test_an_exporter_is_closed_only_when_nobody_reads_its_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where its close meets a reader that is just being let go."""
+    async with pair_of() as pair:
+        importer, leaving, close = pair.importer(), asyncio.Event(), Reader.close
+
+        async def noted(reader: Reader) -> None:
+            leaving.set()
+            await close(reader)
+
+        monkeypatch.setattr(Reader, "close", noted)
+        with sender_stuck(monkeypatch) as sending:
+            moved = asyncio.ensure_future(pair.carry_out(pair.grant(BLOCKS), importer))
+            await sending.wait()
+            await importer.close()
+            await leaving.wait()
+            closing = asyncio.ensure_future(pair.exporter.close())
+            for _ in range(5):
+                await asyncio.sleep(0)
+            assert not closing.done()
+        await closing
+        assert [type(report) for report in await moved] == [Failed, Failed]
