@@ -46,7 +46,9 @@ SERVE_FLAGS = (
     ServeFlag("decode", "decode", "Decode workers."),
     ServeFlag("mixed", "mixed", "Workers that do both; alone: only these."),
     ServeFlag("dtype", "dtype", "float32 or bfloat16."),
-    ServeFlag("transport", "handoff.transport", "How KV blocks travel: auto, inproc, cuda_ipc, nccl, shm or tcp."),
+    ServeFlag(
+        "transport", "handoff.transport", "How KV blocks travel: auto, inproc, cuda_ipc, nccl, shm or tcp."
+    ),
     ServeFlag(
         "disaggregation",
         "router.disaggregation",
