@@ -30,6 +30,12 @@ class _Meeting(Generic[Arrival]):
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
     served: bool = False
+    expiry: asyncio.TimerHandle | None = None
+    """Of a claim that waits; a handle that is left behind would keep its reader in memory."""
+
+    def stop_waiting(self) -> None:
+        if self.expiry is not None:
+            self.expiry.cancel()
 
 
 class Meetings(Generic[Arrival]):
@@ -46,6 +52,7 @@ class Meetings(Generic[Arrival]):
         if meeting.served:
             return "this grant is being served already"
         meeting.served = True
+        meeting.stop_waiting()
         try:
             return await meeting.arrival or "the handoff was called off"
         except asyncio.CancelledError:
@@ -62,19 +69,21 @@ class Meetings(Generic[Arrival]):
             self._refuse(arrival, "this grant has been claimed already")
             return
         meeting.arrival.set_result(arrival)
-        asyncio.get_running_loop().call_later(self._timeout_s, self._expire, key, meeting)
+        if not meeting.served:
+            loop = asyncio.get_running_loop()
+            meeting.expiry = loop.call_later(self._timeout_s, self._expire, key)
 
     def call_off(self, reason: str, handoff: HandoffId | None = None) -> None:
         """Of one handoff, or all: serves end, claims are refused."""
         for key in [key for key in self._open if handoff in (None, key.handoff)]:
             self._end(key, reason)
 
-    def _expire(self, key: Key, meeting: _Meeting[Arrival]) -> None:
-        if not meeting.served and self._open.get(key) is meeting:
-            self._end(key, f"no such grant was served within {self._timeout_s} s")
+    def _expire(self, key: Key) -> None:
+        self._end(key, f"no such grant was served within {self._timeout_s} s")
 
     def _end(self, key: Key, reason: str) -> None:
         meeting = self._open.pop(key)
+        meeting.stop_waiting()
         if not meeting.arrival.done():
             meeting.arrival.set_result(None)
         elif not meeting.served and (arrival := meeting.arrival.result()) is not None:
