@@ -24,8 +24,6 @@ LAYOUT = KvLayout(num_layers=8, num_kv_heads=2, head_dim=64, dtype="bfloat16")
 """64 KiB a block in segments of 2 KiB, so that the smallest size is one block."""
 SIZES = tuple(size << 10 for size in (64, 256, 1024, 4096, 16384, 65536, 262144))
 """64 KB to 256 MB."""
-LADDER = ("inproc", "cuda_ipc", "nccl", "shm", "tcp")
-"""All transports there are anywhere, best first."""
 _POOL_BYTES = 128 << 20
 """Of each pool, at least: more than caches hold."""
 _WARM_UP_ROUNDS = 2
@@ -36,7 +34,7 @@ async def measure_transfers(
     rounds: int = 15,
     *,
     layout: KvLayout = LAYOUT,
-    transports: tuple[str, ...] = LADDER,
+    transports: tuple[str, ...] = TRANSPORT_LADDER,
     device: str = "cpu",
 ) -> TransferReport:
     """Measure between pools on `device`. `sizes` are rounded up to whole blocks.
@@ -47,7 +45,7 @@ async def measure_transfers(
     num_blocks = max(2 * counts[-1], -(-_POOL_BYTES // layout.block_bytes))
     KvStorage(layout, 1, device).close()  # where there is no such device it says so, before processes start
     report = TransferReport(device, (await asyncio.to_thread(load_kernel)).name, rounds)
-    between = tuple(name for name in transports if name in TRANSPORT_LADDER and name != "inproc")
+    between = tuple(name for name in transports if name != "inproc")
     with TransferSource(layout, num_blocks, between, device) as source:
         target = TransferTarget(layout, num_blocks, source, device)
         try:
