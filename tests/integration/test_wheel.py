@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SUFFIXES = {".py", ".pyi", ".proto", ".lua", ".cpp", ".typed"}
+SUFFIXES = {".py", ".pyi", ".proto", ".lua", ".cpp", ".cu", ".typed"}
 
 pytestmark = pytest.mark.timeout(300)
 
