@@ -212,8 +212,8 @@ class NcclExporter:
         refused, own = "", self._communicators.version
         if not hmac.compare_digest(hello.token, self._token):
             refused = "its token is not this exporter's"
-        elif hello.library_version != own:
-            refused = f"its NCCL is {hello.library_version}, here it is {own}"
+        elif hello.nccl_version != own:
+            refused = f"its NCCL is {hello.nccl_version}, here it is {own}"
         await stream.send(Welcome(refused).pack())
         if refused:
             raise ConnectionError(refused)

@@ -43,10 +43,10 @@ class WireError(ConnectionError):
 class Hello(NamedTuple):
     token: bytes
     epoch: int
-    library_version: int
+    nccl_version: int
 
     def pack(self) -> bytes:
-        return _HELLO.pack(b"PDNH", VERSION, self.token, self.epoch, self.library_version)
+        return _HELLO.pack(b"PDNH", VERSION, self.token, self.epoch, self.nccl_version)
 
 
 class Welcome(NamedTuple):
@@ -99,10 +99,10 @@ class Post(NamedTuple):
 
 
 async def receive_hello(stream: ControlStream) -> Hello:
-    magic, version, token, epoch, library = _HELLO.unpack(await stream.receive_exactly(_HELLO.size))
+    magic, version, token, epoch, nccl_version = _HELLO.unpack(await stream.receive_exactly(_HELLO.size))
     if magic != b"PDNH" or version != VERSION:
         raise WireError(f"expected a hello of version {VERSION}, got {magic!r} version {version}")
-    return Hello(token, epoch, library)
+    return Hello(token, epoch, nccl_version)
 
 
 async def receive_welcome(stream: ControlStream) -> Welcome:

@@ -56,9 +56,9 @@ def grant(seq: int, blocks: int = 1, at: int = 0, generation: int = 1) -> Grant:
 
 @dataclass
 class Worker:
-    """A GPU with a pool and a library of its own."""
+    """A GPU with a pool and an NCCL of its own."""
 
-    library: host_nccl.HostCommunicators
+    nccl: host_nccl.HostCommunicators
     storage: KvStorage
 
     @classmethod
@@ -70,7 +70,7 @@ class Worker:
         return [block for block in range(BLOCKS) if self.storage.tensor[block].any()]
 
     def all_ended(self) -> bool:
-        return all(made.aborted.is_set() for made in self.library.made)
+        return all(made.aborted.is_set() for made in self.nccl.made)
 
 
 @dataclass
@@ -123,7 +123,7 @@ async def test_a_pair_has_one_communicator_and_both_ends_post_in_ds_order() -> N
         serves = [pair.exporter.serve(one) for one in reversed(grants)]
         reports = await asyncio.gather(*(pair.importer.fetch(one) for one in grants), *serves)
         assert all(isinstance(report, Landed | SourceDone) for report in reports), reports
-        (at_p,), (at_d,) = pair.p.library.made, pair.d.library.made
+        (at_p,), (at_d,) = pair.p.nccl.made, pair.d.nccl.made
         assert [size for _, size in at_p.posted] == [size for _, size in at_d.posted]
         assert {what for what, _ in at_p.posted} == {"send"}
         assert {what for what, _ in at_d.posted} == {"receive"}
@@ -135,16 +135,16 @@ async def test_warming_up_asks_p_and_makes_no_communicator_and_the_first_fetch_d
     async with pair_of() as pair:
         for _ in range(3):
             await pair.importer.warm_up()
-        assert not pair.d.library.made
+        assert not pair.d.nccl.made
         await until(lambda: len(pair.exporter._tasks) == 1)  # it listens, and keeps nothing of a visit
         await pair.works(0)
-        assert len(pair.d.library.made) == len(pair.p.library.made) == pair.importer.epochs == 1
+        assert len(pair.d.nccl.made) == len(pair.p.nccl.made) == pair.importer.epochs == 1
 
 
 @pytest.mark.parametrize("who", ["p", "d"])
 async def test_a_peer_that_does_not_join_fails_the_fetch_in_time_and_nothing_is_left(who: str) -> None:
     async with pair_of(SHORT_S) as pair:
-        library = pair.p.library if who == "p" else pair.d.library
+        library = pair.p.nccl if who == "p" else pair.d.nccl
         library.deaf = True
         await pair.importer.warm_up()
         fetched, served = await pair.carry_out(grant(0))
@@ -165,7 +165,7 @@ async def test_a_transfer_that_hangs_ends_the_epoch_by_the_watchdog(
 
     async with pair_of(SHORT_S) as pair:
         await pair.works(0)
-        first = pair.d.library.made[0]
+        first = pair.d.nccl.made[0]
         with monkeypatch.context() as patch:
             patch.setattr(host_nccl.HostCommunicator, "send" if who == "p" else "receive", hang)
             fetched, served = await pair.carry_out(grant(1, at=3))
@@ -175,8 +175,8 @@ async def test_a_transfer_that_hangs_ends_the_epoch_by_the_watchdog(
         assert pair.d.touched() == [0]
         await pair.works(2)
         assert pair.importer.epochs == 2
-        assert pair.d.library.made[1] is not first
-        assert len(pair.p.library.made) == 2
+        assert pair.d.nccl.made[1] is not first
+        assert len(pair.p.nccl.made) == 2
 
 
 @pytest.mark.parametrize("who", ["p", "d"])
@@ -265,7 +265,7 @@ async def test_blocks_that_are_not_wanted_any_more_are_not_sent() -> None:
         await pair.works(2)
         assert pair.importer.epochs <= 2
         assert pair.d.touched() == [0]
-        sent = [size for made in pair.p.library.made for _, size in made.posted]
+        sent = [size for made in pair.p.nccl.made for _, size in made.posted]
         assert len(sent) == 2
 
 
@@ -282,21 +282,21 @@ async def test_a_communicator_whose_first_fetch_was_given_up_is_closed_when_idle
 ) -> None:
     async with pair_of(idle_s=0.05) as pair:
         named, go_on = threading.Event(), threading.Event()
-        unique_id = pair.d.library.unique_id
+        unique_id = pair.d.nccl.unique_id
 
         def held() -> bytes:
             named.set()
             go_on.wait(TIMEOUT_S)
             return unique_id()
 
-        monkeypatch.setattr(pair.d.library, "unique_id", held)
+        monkeypatch.setattr(pair.d.nccl, "unique_id", held)
         fetch = asyncio.ensure_future(pair.importer.fetch(grant(0)))
         await asyncio.to_thread(named.wait)
         fetch.cancel()
         with pytest.raises(asyncio.CancelledError):
             await fetch
         go_on.set()
-        await until(lambda: bool(pair.d.library.made) and pair.d.all_ended() and pair.p.all_ended())
+        await until(lambda: bool(pair.d.nccl.made) and pair.d.all_ended() and pair.p.all_ended())
 
 
 async def test_p_keeps_so_many_communicators_and_closes_the_longest_unused_one() -> None:
@@ -332,12 +332,12 @@ async def test_who_has_no_token_or_another_nccl_is_refused_before_anything_is_jo
         if change == "token":
             offer = Offer("nccl", {**offer.parameters, "token": "00" * 16})
         else:
-            stranger.library.version += 1
+            stranger.nccl.version += 1
         importer = NcclImporter(stranger.storage, offer, timeout_s=TIMEOUT_S)
         with pytest.raises(ConnectionError, match=r"token|NCCL is"):
             await importer.warm_up()
-        assert not pair.p.library.made
-        assert not stranger.library.made
+        assert not pair.p.nccl.made
+        assert not stranger.nccl.made
         await importer.close()
         stranger.storage.close()
         await pair.works(0)
@@ -433,7 +433,7 @@ async def test_a_reader_that_lies_loses_its_epoch_and_gets_nothing(lie: Callable
             await stream.send(lie(9))
             assert isinstance(await serve, Failed)
             await until(pair.p.all_ended)
-            assert not pair.p.library.made[0].posted
+            assert not pair.p.nccl.made[0].posted
         await pair.works(1)
 
 

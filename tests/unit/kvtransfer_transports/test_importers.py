@@ -7,9 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from pdserve.core.errors import Unavailable
-from pdserve.core.types import BlockId, HandoffId, Incarnation, OwnerId, WorkerId
-from pdserve.kvtransfer.pool.layout import KvLayout
-from pdserve.kvtransfer.pool.pool import KvPool
+from pdserve.core.types import BlockId, HandoffId, Incarnation, WorkerId
 from pdserve.kvtransfer.pool.storage import KvStorage
 from pdserve.kvtransfer.transports.base import (
     TRANSPORT_LADDER,
@@ -21,33 +19,12 @@ from pdserve.kvtransfer.transports.base import (
     Segment,
 )
 from pdserve.kvtransfer.transports.importers import ImporterCache, RungUse
-from pdserve.kvtransfer.transports.ladder import make_exporters
 from pdserve.kvtransfer.transports.tcp import TcpImporter
 from pdserve.kvtransfer.transports.way import TRIAL_FAILURES
 
-LAYOUT = KvLayout(num_layers=1, num_kv_heads=1, head_dim=4, dtype="bfloat16")
 BOTH = ("shm", "tcp")
 P = WorkerId("prefill-0")
 FIRST, SECOND = Incarnation("a"), Incarnation("b")
-
-
-@pytest.fixture
-async def offers() -> AsyncIterator[dict[str, Offer]]:
-    storage = KvStorage(LAYOUT, 4)
-    pool = KvPool(LAYOUT, 4, storage.generations)
-    assert pool.allocate(OwnerId("p"), 4) is not None
-    exporters = make_exporters(storage, TRANSPORT_LADDER)
-    for exporter in exporters:
-        await exporter.start()
-    yield {exporter.transport: exporter.offer() for exporter in exporters}
-    for exporter in exporters:
-        await exporter.close()
-    storage.close()
-
-
-@pytest.fixture
-def storage() -> KvStorage:
-    return KvStorage(LAYOUT, 4)
 
 
 @pytest.fixture

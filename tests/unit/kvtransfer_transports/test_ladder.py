@@ -1,44 +1,19 @@
 """Which rung a pair gets."""
 
-from collections.abc import AsyncIterator
-
 import pytest
 
 from pdserve.core.errors import ConfigError, Unavailable
-from pdserve.core.types import OwnerId
 from pdserve.kvtransfer.pool.layout import KvLayout
-from pdserve.kvtransfer.pool.pool import KvPool
 from pdserve.kvtransfer.pool.storage import KvStorage
 from pdserve.kvtransfer.transports.base import TRANSPORT_LADDER, Offer, accepted
 from pdserve.kvtransfer.transports.ladder import (
     choose,
-    make_exporters,
     make_importer,
     ordered,
     survey,
 )
 
-LAYOUT = KvLayout(num_layers=1, num_kv_heads=1, head_dim=4, dtype="bfloat16")
 BOTH = ("shm", "tcp")
-
-
-@pytest.fixture
-async def offers() -> AsyncIterator[dict[str, Offer]]:
-    storage = KvStorage(LAYOUT, 4)
-    pool = KvPool(LAYOUT, 4, storage.generations)
-    assert pool.allocate(OwnerId("p"), 4) is not None
-    exporters = make_exporters(storage, TRANSPORT_LADDER)
-    for exporter in exporters:
-        await exporter.start()
-    yield {exporter.transport: exporter.offer() for exporter in exporters}
-    for exporter in exporters:
-        await exporter.close()
-    storage.close()
-
-
-@pytest.fixture
-def storage() -> KvStorage:
-    return KvStorage(LAYOUT, 4)
 
 
 def changed(offer: Offer, **parameters: str) -> Offer:
