@@ -120,10 +120,6 @@ class KvStorage:
         """The memfd, owned by this storage; None after close."""
         return self._fd
 
-    def path_for_peers(self) -> str | None:
-        """Where a process of the same user and pid namespace can open the memory; None if it cannot."""
-        return None if self._fd is None else f"/proc/{os.getpid()}/fd/{self._fd}"
-
     def set_exported(self, exported: bool) -> None:
         """Tell processes that map the memory whether they may read it. No effect once closed."""
         if self._map is not None:

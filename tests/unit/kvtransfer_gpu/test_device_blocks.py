@@ -54,8 +54,8 @@ def test_the_memfd_has_the_generations_and_no_blocks(storage: KvStorage) -> None
     pool = KvPool(LAYOUT, 5, storage.generations)
     taken = pool.allocate(OwnerId("p"), 2)
     assert taken is not None
-    path = storage.path_for_peers()
-    assert path is not None
+    assert storage.fd is not None
+    path = f"/proc/self/fd/{storage.fd}"
     with open(path, "rb") as file:
         content = file.read()
     header = PoolHeader.unpack(content[:PAGE_BYTES])

@@ -79,8 +79,8 @@ def test_runs_are_copied_as_single_rows_would_be(rows: list[int], targets: list[
 
 def test_a_peer_finds_header_and_content_in_a_memory_that_cannot_shrink() -> None:
     storage = KvStorage(layout(), 600)
-    path = storage.path_for_peers()
-    assert path is not None
+    assert storage.fd is not None
+    path = f"/proc/self/fd/{storage.fd}"
     storage.bytes_view[599] = 7
     storage.generations[2] = 5
     with open(path, "rb") as file:
